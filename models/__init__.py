@@ -1,0 +1,1 @@
+"""How pictures become numbers: encoders, decoders, losses, refinement, painter, writer."""

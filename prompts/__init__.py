@@ -1,0 +1,1 @@
+"""Words that models read: templates, scene attributes, instructions, the shipped prompt bank."""
