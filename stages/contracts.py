@@ -1,0 +1,306 @@
+"""What every stage promises: its name, version, needs, and what it leaves on disk. No torch here.
+
+A stage is a verb: a module `stages/<name>.py` with
+
+    def run(config: StageConfig, *, out: Path, progress: Progress, <role>: Path, ...) -> Summary
+
+It gets folders (one keyword argument per `Need.role`), writes one folder (`out`, which may hold the
+finished shards of an interrupted run) and returns a small summary. It knows no Prefect, no store, no
+other stage. Files under `logs/`, and `roots.json`, are not part of an artifact's digest (times, metrics
+and absolute paths live there); a stage's scratch state for resuming lives under `state/` and is deleted
+by the stage when it ends well.
+
+What the stages leave (paths relative to the artifact; a *part* is a top folder that others can need alone):
+
+`render_world`  `source/ targets/<name>/ web/ web_val/`: data sets of the miniature in the real layouts.
+`prepare`       parts `labelspace/labelspace.json`; `sources/ targets/ validation/ unlabelled/`, each with
+                `<dataset>.jsonl` (one sample a line: id "dataset/stem", image, label or null (paths relative to
+                the data set's root), height, width, image_digest, label_digest), `<dataset>.json` (layout, split,
+                label map, num_samples, class pixel counts, what was refused and why) and `roots.json`
+                (data set -> absolute root; not digested).
+`train_source`  `model.safetensors checkpoint.json [ema.safetensors]`, `logs/metrics.jsonl` (one JSON a line with
+                "step" and floats).
+`write_prompts` `prompts.jsonl`: id, text, attributes, classes (asked for), model, seed; `statistics.json`.
+`synthesize`    shards; files `<picture id>.png|jpg`, index rows: id, file, prompt_id, prompt, seed, model, steps.
+`pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and `<id>.confidence.png` (uint8, 0..255 =
+                0..1); index rows: id, label, confidence, mean_confidence, classes {train id: pixels};
+                `statistics.json`; `checkpoint.json` (the teacher's, so that class names travel with the labels).
+`select`        `selection.jsonl`: id, kept, scores {}, reasons []; `statistics.json`.
+`refine`        shards; files `<id>.label.png`; index rows: id, label, counts; `statistics.json` (per class: pixels
+                kept / changed / dropped / gained, components); `checkpoint.json`.
+`self_train`    as `train_source`; `model.safetensors` student, `ema.safetensors` EMA teacher.
+`evaluate`      `results.json`: {"protocol": {...}, "classes": [...], "sets": {dataset: {"confusion": [[...]], "iou": [...],
+                "miou": float, "num_images": int}}, "miou_mean": float}; `predictions/<dataset>/<stem>.png` (train ids) of
+                the first few samples, `predictions/index.jsonl` (dataset, id, image (absolute paths stay out: id), file).
+`report`        `report.html`, `results.json`.
+
+A shard is a folder `shard-00000` of at most 1000 items with its own `index.jsonl` and `shard.json`
+(`stages/shards.py` writes and reads them).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+VOLATILE = ("logs/", "roots.json")
+"""Outputs under these folders, or with these file names, do not count in an artifact's digest."""
+
+SHARD_ITEMS_MAX = 1000
+
+
+class Progress(Protocol):
+    """What a stage tells while it works. Calls are cheap; the receiver decides what to show."""
+
+    def start(self, total: int, unit: str, *, done: int = 0) -> None:
+        """Announce `total` units of work, `done` of them found finished from an earlier attempt."""
+
+    def advance(self, count: int = 1, **metrics: float) -> None:
+        """Report `count` more units done, and by the way the newest metrics."""
+
+    def note(self, text: str) -> None:
+        """Say one line worth keeping in the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a finished stage tells: one line for people, a few numbers for tables."""
+
+    text: str
+    """For example "240 pictures, 3 shards"; no path, no duration: the engine adds them."""
+    numbers: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """One input of a stage: which stage makes it, and under which keyword `run` receives its folder."""
+
+    role: str
+    stage: str
+    part: str | None = None
+    """Top folder of the artifact that is needed; None: all of it. Only this part's digest counts."""
+    round_offset: int = 0
+    """0: the same round, -1: the round before."""
+    at_round_0: str | None = None
+    """Stage that stands in where the round would be 0 (the source model)."""
+    when: Callable[[Any, int], bool] = lambda recipe, round_: True
+    """Whether the need exists, given the resolved recipe and the round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """A stage as the engine sees it, without importing the stage."""
+
+    name: str
+    version: int
+    """Raised by hand when the meaning of the output changes."""
+    verb: str
+    """Dotted name of the module with `run`."""
+    does: str
+    """One sentence for `--help`, plan and report."""
+    sections: tuple[str, ...] = ()
+    """Config sections that `run` may read; all of them count in the key."""
+    needs: tuple[Need, ...] = ()
+    takes_everything: bool = False
+    """`run` receives `artifacts: Mapping[instance name, Path]` of all other instances of the recipe."""
+    rounds: Callable[[Any], bool] = lambda recipe: False
+    """Whether the stage runs once per round (else once)."""
+    first_round: int = 1
+    legs: bool = False
+    """Whether recipes with legs compare this stage leg by leg."""
+    numeric: bool = False
+    """Whether `precision` counts in the key."""
+    weights: tuple[str, ...] = ()
+    """Dotted config fields that name weights (a hub id, folder, file or builtin:NAME); identity counts in the key."""
+    externals: Callable[[Any], Mapping[str, Any]] = lambda recipe: {}
+    """What the stage reads from outside the store, as {name: folders listing or file}; see `flows/store.py`."""
+    exists: Callable[[Any], bool] = lambda recipe: True
+    """Whether the recipe has this stage at all."""
+
+
+def _paints(recipe: Any, _round: int) -> bool:
+    return recipe.synthesize.mode == "paint"
+
+
+def _collects(recipe: Any, _round: int) -> bool:
+    return recipe.synthesize.mode == "collect"
+
+
+def _uses_pictures(recipe: Any, _round: int) -> bool:
+    return recipe.self_train.labels != "none"
+
+
+def _in_rounds(recipe: Any) -> bool:
+    return recipe.rounds.count > 0
+
+
+def _fresh_pictures(recipe: Any) -> bool:
+    return recipe.rounds.fresh_pictures
+
+
+def _all_datasets(recipe: Any) -> list[Any]:
+    data = recipe.data
+    return [*data.sources, *data.targets, *data.validation, *data.unlabelled]
+
+
+def uses_world(recipe: Any, _round: int = 0) -> bool:
+    """Whether any data set of the recipe lies in the rendered miniature world."""
+    return any(dataset.root.startswith("@render_world") for dataset in _all_datasets(recipe))
+
+
+_LABELSPACE = Need(role="labelspace", stage="prepare", part="labelspace")
+_SOURCES = Need(role="sources", stage="prepare", part="sources")
+_TEACHER = Need(role="teacher", stage="self_train", round_offset=-1, at_round_0="train_source")
+
+CONTRACTS: tuple[Contract, ...] = (
+    Contract(
+        name="render_world",
+        version=1,
+        verb="stages.render_world",
+        does="Render the miniature's streets in the real on-disk layouts.",
+        sections=("world",),
+        exists=uses_world,
+    ),
+    Contract(
+        name="prepare",
+        version=1,
+        verb="stages.prepare",
+        does="Index the data sets, check every file, count classes.",
+        sections=("prepare", "data"),
+        needs=(Need(role="world", stage="render_world", when=uses_world),),
+        externals=lambda recipe: {"datasets": _all_datasets(recipe), "labels": recipe.data.labels},
+    ),
+    Contract(
+        name="train_source",
+        version=1,
+        verb="stages.train_source",
+        does="Train the segmenter on the labelled sources.",
+        sections=("segmenter", "train_source"),
+        needs=(_SOURCES, _LABELSPACE),
+        numeric=True,
+        weights=("segmenter.encoder.weights", "segmenter.encoder.name"),
+    ),
+    Contract(
+        name="write_prompts",
+        version=1,
+        verb="stages.write_prompts",
+        does="Have a language model write scene descriptions.",
+        sections=("write_prompts",),
+        needs=(_LABELSPACE,),
+        rounds=_fresh_pictures,
+        numeric=True,
+        weights=("write_prompts.model",),
+        externals=lambda recipe: {"prompts": "prompts"},
+        exists=lambda recipe: _in_rounds(recipe) and recipe.synthesize.mode == "paint",
+    ),
+    Contract(
+        name="synthesize",
+        version=1,
+        verb="stages.synthesize",
+        does="Paint pictures from the prompts (or collect unlabelled ones).",
+        sections=("synthesize",),
+        needs=(
+            Need(role="prompts", stage="write_prompts", when=_paints),
+            Need(role="unlabelled", stage="prepare", part="unlabelled", when=_collects),
+        ),
+        rounds=_fresh_pictures,
+        numeric=True,
+        weights=("synthesize.model",),
+        exists=_in_rounds,
+    ),
+    Contract(
+        name="pseudo_label",
+        version=1,
+        verb="stages.pseudo_label",
+        does="Label the pictures with the teacher.",
+        sections=("pseudo_label",),
+        needs=(Need(role="pictures", stage="synthesize"), _TEACHER),
+        rounds=lambda recipe: True,
+        numeric=True,
+        exists=_in_rounds,
+    ),
+    Contract(
+        name="select",
+        version=1,
+        verb="stages.select",
+        does="Choose which pictures are kept, with reasons.",
+        sections=("select",),
+        needs=(
+            Need(role="pictures", stage="synthesize"),
+            Need(role="labels", stage="pseudo_label"),
+        ),
+        rounds=lambda recipe: True,
+        exists=_in_rounds,
+    ),
+    Contract(
+        name="refine",
+        version=1,
+        verb="stages.refine",
+        does="Sharpen the labels with SAM.",
+        sections=("refine",),
+        needs=(
+            Need(role="pictures", stage="synthesize"),
+            Need(role="labels", stage="pseudo_label"),
+            Need(role="selection", stage="select"),
+        ),
+        rounds=lambda recipe: True,
+        numeric=True,
+        weights=("refine.weights",),
+        exists=_in_rounds,
+    ),
+    Contract(
+        name="self_train",
+        version=1,
+        verb="stages.self_train",
+        does="Train on source and painted pictures together.",
+        sections=("self_train",),
+        needs=(
+            _SOURCES,
+            _LABELSPACE,
+            _TEACHER,
+            Need(role="pictures", stage="synthesize", when=_uses_pictures),
+            Need(role="selection", stage="select", when=_uses_pictures),
+            Need(
+                role="labels",
+                stage="refine",
+                when=lambda recipe, _round: recipe.self_train.labels == "refined",
+            ),
+            Need(
+                role="labels",
+                stage="pseudo_label",
+                when=lambda recipe, _round: recipe.self_train.labels == "raw",
+            ),
+        ),
+        rounds=lambda recipe: True,
+        legs=True,
+        numeric=True,
+        exists=_in_rounds,
+    ),
+    Contract(
+        name="evaluate",
+        version=1,
+        verb="stages.evaluate",
+        does="Judge a checkpoint on the unseen targets.",
+        sections=("evaluate",),
+        needs=(
+            Need(role="model", stage="self_train", at_round_0="train_source"),
+            Need(role="targets", stage="prepare", part="targets"),
+            _LABELSPACE,
+        ),
+        rounds=lambda recipe: True,
+        first_round=0,
+        legs=True,
+        numeric=True,
+        exists=lambda recipe: bool(recipe.data.targets),
+    ),
+    Contract(
+        name="report",
+        version=1,
+        verb="stages.report",
+        does="Make the page that shows what was done.",
+        sections=("report",),
+        takes_everything=True,
+    ),
+)
+"""The stages of the main pipeline, each after everything it needs."""
+
+STAGE_NAMES: tuple[str, ...] = tuple(contract.name for contract in CONTRACTS)
