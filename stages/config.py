@@ -1,7 +1,8 @@
 """The configuration: one frozen pydantic section per stage, and the recipe that holds them.
 
 One source of truth for the command line, Prefect's parameters and cache keys. Imports no torch.
-A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and stays out of its key.
+A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and stays out of its
+key.
 """
 
 from collections.abc import Mapping
@@ -33,9 +34,11 @@ class DatasetConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name in ids ("name/stem"), tables and the report."""
     layout: Literal["cityscapes", "gta5", "folder"] = "cityscapes"
-    """On-disk layout: Cityscapes' (leftImg8bit, gtFine), GTA5's (images, labels), or any folder of images without labels."""
+    """On-disk layout: Cityscapes' (leftImg8bit, gtFine), GTA5's (images, labels), or any folder of
+    images without labels."""
     root: str
-    """Folder of the data set: absolute, below `data.root`, or `@render_world/PART` for the miniature's own streets."""
+    """Folder of the data set: absolute, below `data.root`, or `@render_world/PART` for the
+    miniature's own streets."""
     split: str | None = None
     """Split below the layout's folders ("train", "val"); None: the layout's only or usual one."""
     label_map: str | None = None
@@ -62,7 +65,8 @@ class DataConfig(Section):
 
 
 class WorldConfig(Section):
-    """The miniature's streets (`render_world`), rendered only where a data set's root is `@render_world/...`."""
+    """The miniature's streets (`render_world`), rendered only where a data set's root is
+    `@render_world/...`."""
 
     height: int = Field(64, ge=32, multiple_of=32)
     """Picture height in pixels."""
@@ -86,7 +90,8 @@ class PrepareConfig(Section):
     on_corrupt: Literal["error", "skip"] = "error"
     """A picture or label that cannot be read: stop and name it, or leave it out and count it."""
     on_size_mismatch: Literal["error", "skip", "resize_label"] = "error"
-    """Picture and label of different size: stop and name it, leave it out, or resize the label (nearest)."""
+    """Picture and label of different size: stop and name it, leave it out, or resize the label
+    (nearest)."""
     workers: Annotated[int, NOT_IN_KEY] = Field(2, ge=0)
     """Processes that read and digest files."""
 
@@ -105,11 +110,13 @@ class AugmentConfig(Section):
     flip: bool = True
     """Mirror half of the samples."""
     colour: float = Field(1.0, ge=0)
-    """Strength of the SSD colour jitter (brightness 32, contrast and saturation 0.5, hue 18); 0: none."""
+    """Strength of the SSD colour jitter (brightness 32, contrast and saturation 0.5, hue 18); 0:
+    none."""
     blur: float = Field(0.0, ge=0, le=1)
     """Share of samples with Gaussian blur."""
     max_class_share: float = Field(1.0, gt=0, le=1)
-    """Draw another crop (up to 10 times) while one class fills more than this share of the labelled pixels."""
+    """Draw another crop (up to 10 times) while one class fills more than this share of the
+    labelled pixels."""
 
 
 class OptimiserConfig(Section):
@@ -126,7 +133,8 @@ class OptimiserConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     """Linear warm-up."""
     clip_norm: float = Field(0.01, gt=0)
-    """Largest gradient norm over all trained parameters (0.01 as published for Mask2Former decoders)."""
+    """Largest gradient norm over all trained parameters (0.01 as published for Mask2Former
+    decoders)."""
     accumulate: int = Field(1, ge=1)
     """Forward passes per update; each takes batch_size / accumulate samples."""
 
@@ -169,7 +177,8 @@ class WritePromptsConfig(Section):
     num_prompts: int = Field(100, gt=0)
     """Valid, distinct prompts to write."""
     model: str = "bank"
-    """Causal language model: hub id, local folder, builtin:NAME; or "bank": the shipped prompts, without a model."""
+    """Causal language model: hub id, local folder, builtin:NAME; or "bank": the shipped prompts,
+    without a model."""
     revision: str | None = None
     """Revision of a hub model."""
     batch_size: int = Field(8, gt=0)
@@ -251,7 +260,8 @@ class RefineConfig(Section):
     model: str = "vit_h"
     """SAM variant (vit_b, vit_l, vit_h), or "config" to read the sizes beside the weights."""
     weights: str | None = None
-    """SAM checkpoint: file, folder or builtin:NAME; None: seeded random weights (tests only; said in the report)."""
+    """SAM checkpoint: file, folder or builtin:NAME; None: seeded random weights (tests only; said
+    in the report)."""
     min_area: int = Field(5000, ge=0)
     """Components must be larger than this many pixels (of the picture)."""
     points: int = Field(5, gt=0)
@@ -278,7 +288,8 @@ class SelfTrainConfig(Section):
     painted_weight: float = Field(1.0, ge=0)
     """Loss weight of painted samples."""
     unlabelled: Literal["negative", "ignore"] = "negative"
-    """Pixels without a label in painted pictures: negative for every mask (as released), or ignored."""
+    """Pixels without a label in painted pictures: negative for every mask (as released), or
+    ignored."""
     start_from: Literal["model", "ema"] = "model"
     """Which of the teacher checkpoint's weights the student starts from."""
     rare_class_sampling: float = Field(0.0, ge=0)
@@ -422,7 +433,8 @@ class StageConfig:
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("sections", ()):
             return getattr(self._recipe, name)
+        own = self.__dict__
         raise AttributeError(
-            f"stage {self.__dict__.get('stage')} reads config section {name!r}, which its contract in "
-            f"stages/contracts.py does not name (sections: {self.__dict__.get('sections')})"
+            f"stage {own.get('stage')} reads config section {name!r}, which its contract in "
+            f"stages/contracts.py does not name (sections: {own.get('sections')})"
         )

@@ -4,34 +4,43 @@ A stage is a verb: a module `stages/<name>.py` with
 
     def run(config: StageConfig, *, out: Path, progress: Progress, <role>: Path, ...) -> Summary
 
-It gets folders (one keyword argument per `Need.role`), writes one folder (`out`, which may hold the
-finished shards of an interrupted run) and returns a small summary. It knows no Prefect, no store, no
-other stage. Files under `logs/`, and `roots.json`, are not part of an artifact's digest (times, metrics
-and absolute paths live there); a stage's scratch state for resuming lives under `state/` and is deleted
-by the stage when it ends well.
+It gets folders (one keyword argument per `Need.role`), writes one folder (`out`, which may hold
+the finished shards of an interrupted run) and returns a small summary. It knows no Prefect, no
+store, no other stage. Files under `logs/`, and `roots.json`, are not part of an artifact's digest
+(times, metrics and absolute paths live there); a stage's scratch state for resuming lives under
+`state/` and is deleted by the stage when it ends well.
 
-What the stages leave (paths relative to the artifact; a *part* is a top folder that others can need alone):
+What the stages leave (paths relative to the artifact; a *part* is a top folder that others can
+need alone):
 
-`render_world`  `source/ targets/<name>/ web/ web_val/`: data sets of the miniature in the real layouts.
-`prepare`       parts `labelspace/labelspace.json`; `sources/ targets/ validation/ unlabelled/`, each with
-                `<dataset>.jsonl` (one sample a line: id "dataset/stem", image, label or null (paths relative to
-                the data set's root), height, width, image_digest, label_digest), `<dataset>.json` (layout, split,
-                label map, num_samples, class pixel counts, what was refused and why) and `roots.json`
-                (data set -> absolute root; not digested).
-`train_source`  `model.safetensors checkpoint.json [ema.safetensors]`, `logs/metrics.jsonl` (one JSON a line with
-                "step" and floats).
-`write_prompts` `prompts.jsonl`: id, text, attributes, classes (asked for), model, seed; `statistics.json`.
-`synthesize`    shards; files `<picture id>.png|jpg`, index rows: id, file, prompt_id, prompt, seed, model, steps.
-`pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and `<id>.confidence.png` (uint8, 0..255 =
-                0..1); index rows: id, label, confidence, mean_confidence, classes {train id: pixels};
-                `statistics.json`; `checkpoint.json` (the teacher's, so that class names travel with the labels).
+`render_world`  `source/ targets/<name>/ web/ web_val/`: data sets of the miniature in the real
+                layouts.
+`prepare`       parts `labelspace/labelspace.json`; `sources/ targets/ validation/ unlabelled/`,
+                each with `<dataset>.jsonl` (one sample a line: id "dataset/stem", image, label or
+                null (paths relative to the data set's root), height, width, image_digest,
+                label_digest), `<dataset>.json` (layout, split, label map, num_samples, class pixel
+                counts, what was refused and why) and `roots.json` (data set -> absolute root; not
+                digested).
+`train_source`  `model.safetensors checkpoint.json [ema.safetensors]`, `logs/metrics.jsonl` (one
+                JSON a line with "step" and floats).
+`write_prompts` `prompts.jsonl`: id, text, attributes, classes (asked for), model, seed;
+                `statistics.json`.
+`synthesize`    shards; files `<picture id>.png|jpg`, index rows: id, file, prompt_id, prompt,
+                seed, model, steps.
+`pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and
+                `<id>.confidence.png` (uint8, 0..255 = 0..1); index rows: id, label, confidence,
+                mean_confidence, classes {train id: pixels}; `statistics.json`; `checkpoint.json`
+                (the teacher's, so that class names travel with the labels).
 `select`        `selection.jsonl`: id, kept, scores {}, reasons []; `statistics.json`.
-`refine`        shards; files `<id>.label.png`; index rows: id, label, counts; `statistics.json` (per class: pixels
-                kept / changed / dropped / gained, components); `checkpoint.json`.
+`refine`        shards; files `<id>.label.png`; index rows: id, label, counts; `statistics.json`
+                (per class: pixels kept / changed / dropped / gained, components);
+                `checkpoint.json`.
 `self_train`    as `train_source`; `model.safetensors` student, `ema.safetensors` EMA teacher.
-`evaluate`      `results.json`: {"protocol": {...}, "classes": [...], "sets": {dataset: {"confusion": [[...]], "iou": [...],
-                "miou": float, "num_images": int}}, "miou_mean": float}; `predictions/<dataset>/<stem>.png` (train ids) of
-                the first few samples, `predictions/index.jsonl` (dataset, id, image (absolute paths stay out: id), file).
+`evaluate`      `results.json`: {"protocol": {...}, "classes": [...], "sets": {dataset:
+                {"confusion": [[...]], "iou": [...], "miou": float, "num_images": int}},
+                "miou_mean": float}; `predictions/<dataset>/<stem>.png` (train ids) of the first
+                few samples, `predictions/index.jsonl` (dataset, id, image (absolute paths stay
+                out: id), file).
 `report`        `report.html`, `results.json`.
 
 A shard is a folder `shard-00000` of at most 1000 items with its own `index.jsonl` and `shard.json`
@@ -72,12 +81,14 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """One input of a stage: which stage makes it, and under which keyword `run` receives its folder."""
+    """One input of a stage: which stage makes it, and under which keyword `run` receives its
+    folder."""
 
     role: str
     stage: str
     part: str | None = None
-    """Top folder of the artifact that is needed; None: all of it. Only this part's digest counts."""
+    """Top folder of the artifact that is needed; None: all of it. Only this part's digest
+    counts."""
     round_offset: int = 0
     """0: the same round, -1: the round before."""
     at_round_0: str | None = None
@@ -101,7 +112,8 @@ class Contract:
     """Config sections that `run` may read; all of them count in the key."""
     needs: tuple[Need, ...] = ()
     takes_everything: bool = False
-    """`run` receives `artifacts: Mapping[instance name, Path]` of all other instances of the recipe."""
+    """`run` receives `artifacts: Mapping[instance name, Path]` of all other instances of the
+    recipe."""
     rounds: Callable[[Any], bool] = lambda recipe: False
     """Whether the stage runs once per round (else once)."""
     first_round: int = 1
@@ -110,9 +122,11 @@ class Contract:
     numeric: bool = False
     """Whether `precision` counts in the key."""
     weights: tuple[str, ...] = ()
-    """Dotted config fields that name weights (a hub id, folder, file or builtin:NAME); identity counts in the key."""
+    """Dotted config fields that name weights (a hub id, folder, file or builtin:NAME); identity
+    counts in the key."""
     externals: Callable[[Any], Mapping[str, Any]] = lambda recipe: {}
-    """What the stage reads from outside the store, as {name: folders listing or file}; see `flows/store.py`."""
+    """What the stage reads from outside the store, as {name: folders listing or file}; see
+    `flows/store.py`."""
     exists: Callable[[Any], bool] = lambda recipe: True
     """Whether the recipe has this stage at all."""
 

@@ -1,7 +1,8 @@
 """Shards: folders of at most 1000 items that are finished whole or not at all.
 
 A stage with many items cuts them into shards by config alone (never by what is left), so that every
-run composes the same shards and batches. A finished shard is renamed from `*.tmp` into place; a restart
+run composes the same shards and batches. A finished shard is renamed from `*.tmp` into place; a
+restart
 skips the shards it finds whole.
 """
 
@@ -103,7 +104,8 @@ def write_shards(
         out: the stage's folder; shards become `out/shard-00000` and so on.
         items: all items, in the order that decides which shard each belongs to.
         shard_size: items per shard, 1..1000.
-        work: writes its files into the folder it is given and returns one index row per file group; it
+        work: writes its files into the folder it is given and returns one index row per file
+        group; it
             calls `progress.advance` itself, as it goes.
         progress: told the total, and what was found finished.
         unit: what an item is called, in the plural ("pictures").
