@@ -1,0 +1,91 @@
+"""Which device and which precision a stage computes in, chosen once and with the reason.
+
+    device = choose_device(config)
+    progress.note(device.reason)
+    with device.autocast():
+        ...
+
+CPU runs repeat bit for bit for a seed, a torch version and a number of threads (sums over threads
+depend on how many there are: keep `OMP_NUM_THREADS` for runs that shall be compared).
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from stages.config import StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Where a stage computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """torch.bfloat16: under autocast; torch.float32: no autocast."""
+    reason: str
+    """One line for the log: device and precision, and why these."""
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """A context in which networks run in this precision."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def choose_device(config: StageConfig) -> Device:
+    """The device of `config.run.device` in `config.precision`; also makes torch repeatable.
+
+    Raises:
+        ValueError: the device is unknown or not on this machine.
+    """
+    return device_for(config.run.device, precision=config.precision)
+
+
+def device_for(name: str, *, precision: Literal["fp32", "bf16"]) -> Device:
+    """The device called `name` (auto, cpu, cuda, cuda:N), set up for repeatable results.
+
+    On a CPU every operation is deterministic; on a GPU some of torch's kernels are not (the
+    backward pass of `grid_sample`), so there torch is only asked to prefer those that are.
+
+    Raises:
+        ValueError: the device is unknown or not on this machine.
+    """
+    device, why = _find(name)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # Deterministic mode also fills every new tensor with NaN: a debugging aid that costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Device(device=device, dtype=dtype, reason=f"{why}; {_precision_note(device, dtype)}")
+
+
+def _find(name: str) -> tuple[torch.device, str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        asked = "asked for" if name == "cpu" else "no CUDA device here"
+        return torch.device("cpu"), f"cpu ({asked}), {torch.get_num_threads()} threads"
+    match = re.fullmatch(r"(?:auto|cuda)(?::(\d+))?", name)
+    if match is None or name.startswith("auto:"):
+        raise ValueError(f"run.device is {name!r}; known are auto, cpu, cuda and cuda:N.")
+    index = int(match.group(1) or 0)
+    if index >= count:
+        raise ValueError(
+            f"run.device is {name!r}, but this machine has {count} CUDA devices that torch can use"
+            f" (torch {torch.__version__}); choose cpu or auto."
+        )
+    asked = "asked for" if name != "auto" else "found"
+    return torch.device(
+        "cuda", index
+    ), f"cuda:{index} {torch.cuda.get_device_name(index)} ({asked})"
+
+
+def _precision_note(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float32:
+        return "fp32 (precision of the recipe)"
+    native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    speed = "" if native else ", emulated on this GPU: slow, but the same numbers"
+    return f"bf16 autocast (precision of the recipe{speed})"
