@@ -1,1 +1,1 @@
-"""What runs, when, and whether it must: recipes, plan, engine, store, command line, Prefect flow."""
+"""What runs, when, and whether it must: recipes, plan, engine, store, commands, Prefect flow."""

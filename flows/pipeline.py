@@ -1,0 +1,213 @@
+"""The instances of a recipe: which stage, in which round and leg, needs which others.
+
+An instance is named `stage`, `stage@round` or `stage@round#leg`. A leg owns an instance only if its
+overrides, or something upstream that it owns, can change the result, or if the stage is one that
+legs are compared by; everything else is shared and runs once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from flows.recipes import ConfigError, nearest, resolve
+from stages.contracts import CONTRACTS, Contract
+
+_TOUCH_ALL = ("seed", "precision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input of an instance: the keyword it comes under, who makes it, which part counts."""
+
+    role: str
+    instance: str
+    part: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One stage in one round and leg, with the recipe as it sees it."""
+
+    contract: Contract
+    round: int | None
+    leg: str | None
+    recipe: Any
+    inputs: tuple[Input, ...]
+
+    @property
+    def stage(self) -> str:
+        """The stage's name."""
+        return self.contract.name
+
+    @property
+    def name(self) -> str:
+        """`stage[@round][#leg]`."""
+        return instance_name(self.stage, self.round, self.leg)
+
+
+def instance_name(stage: str, round_: int | None, leg: str | None) -> str:
+    """`stage[@round][#leg]`."""
+    return (
+        stage
+        + (f"@{round_}" if round_ is not None else "")
+        + (f"#{leg}" if leg is not None else "")
+    )
+
+
+def build(recipe: Any, contracts: Sequence[Contract] = CONTRACTS) -> dict[str, Instance]:
+    """All instances of a recipe by name, each after everything it needs.
+
+    Raises:
+        ConfigError: an override of a leg or round is wrong, or a need is not part of the recipe.
+    """
+    return _Builder(recipe, contracts).build()
+
+
+class _Builder:
+    def __init__(self, recipe: Any, contracts: Sequence[Contract]) -> None:
+        self.recipe = recipe
+        self.contracts = {contract.name: contract for contract in contracts}
+        self.legs = list(getattr(recipe, "legs", {}))
+        self.count = recipe.rounds.count if hasattr(recipe, "rounds") else 0
+        self.instances: dict[str, Instance] = {}
+        self.seen: Callable[..., Any] = cache(
+            lambda round_, leg: resolve(recipe, round=round_, leg=leg)
+        )
+
+    def build(self) -> dict[str, Instance]:
+        everything = [c for c in self.contracts.values() if not c.takes_everything]
+        for contract in everything:
+            if not contract.rounds(self.recipe):
+                self._add_all(contract, None)
+        for round_ in range(self.count + 1):
+            for contract in everything:
+                if contract.rounds(self.recipe) and round_ >= contract.first_round:
+                    self._add_all(contract, round_)
+        for contract in self.contracts.values():
+            if contract.takes_everything:
+                inputs = tuple(Input(role="artifacts", instance=name) for name in self.instances)
+                self._put(contract, None, None, inputs)
+        return self.instances
+
+    def _add_all(self, contract: Contract, round_: int | None) -> None:
+        for leg in self.legs or [None]:
+            self._add(contract, round_, self.owner(contract, round_, leg))
+
+    def _add(self, contract: Contract, round_: int | None, leg: str | None) -> None:
+        recipe = self.seen(round_, leg)
+        if (
+            not contract.exists(recipe)
+            or instance_name(contract.name, round_, leg) in self.instances
+        ):
+            return
+        inputs = []
+        for need in contract.needs:
+            if not need.when(recipe, round_):
+                continue
+            made_by, at = self._maker(need, round_)
+            name = instance_name(made_by.name, at, self.owner(made_by, at, leg))
+            if name not in self.instances:
+                raise ConfigError(
+                    f"{contract.name} needs {name} ({need.role}), which this recipe does not have."
+                )
+            inputs.append(Input(role=need.role, instance=name, part=need.part))
+        self._put(contract, round_, leg, tuple(inputs))
+
+    def _put(
+        self, contract: Contract, round_: int | None, leg: str | None, inputs: tuple[Input, ...]
+    ) -> None:
+        instance = Instance(
+            contract=contract,
+            round=round_,
+            leg=leg,
+            recipe=self.seen(round_, leg),
+            inputs=inputs,
+        )
+        self.instances[instance.name] = instance
+
+    def _maker(self, need: Any, round_: int | None) -> tuple[Contract, int | None]:
+        at = (round_ or 0) + need.round_offset
+        if at <= 0 and need.at_round_0:
+            return self.contracts[need.at_round_0], None
+        contract = self.contracts[need.stage]
+        return contract, at if contract.rounds(self.recipe) else None
+
+    def owner(self, contract: Contract, round_: int | None, leg: str | None) -> str | None:
+        """The leg, if the instance differs (or is compared) by leg; else None."""
+        if leg is None:
+            return None
+        if contract.legs and (round_ or 0) > 0:
+            return leg
+        recipe = self.seen(round_, leg)
+        sections = {key.split(".")[0] for key in self.recipe.legs[leg]}
+        if sections & {*contract.sections, *_TOUCH_ALL}:
+            return leg
+        makers = [self._maker(need, round_) for need in contract.needs if need.when(recipe, round_)]
+        owned = any(self.owner(maker, at, leg) is not None for maker, at in makers)
+        return leg if owned else None
+
+
+def select(
+    instances: dict[str, Instance],
+    *,
+    stage: str | None = None,
+    round: int | None = None,
+    leg: str | None = None,
+    from_stage: str | None = None,
+    until_stage: str | None = None,
+) -> list[Instance]:
+    """The instances that a command names, in running order.
+
+    Args:
+        instances: all instances of the recipe.
+        stage: that stage alone; without `round`, its last round; without `leg`, all its legs.
+        round: the round of `stage`.
+        leg: the leg of `stage`, or (without `stage`) only what that leg needs.
+        from_stage: this stage's first instance and everything after it.
+        until_stage: nothing after this stage's last instance.
+
+    Raises:
+        ConfigError: an unknown stage, round or leg, or a combination that selects nothing.
+    """
+    ordered = list(instances.values())
+    known = list(dict.fromkeys(instance.stage for instance in ordered))
+    for name in (stage, from_stage, until_stage):
+        if name is not None and name not in known:
+            raise ConfigError(f"unknown stage {name!r} in this recipe{nearest(name, known)}")
+    legs = sorted({instance.leg for instance in ordered if instance.leg})
+    if leg is not None and leg not in legs:
+        raise ConfigError(f"unknown leg {leg!r} in this recipe{nearest(leg, legs or ['(none)'])}")
+    if round is not None and stage is None:
+        raise ConfigError("--round goes with --stage.")
+    if stage is not None:
+        if from_stage or until_stage:
+            raise ConfigError(
+                "--stage runs one stage alone: it does not go with --from or --until."
+            )
+        return _one_stage(ordered, stage, round, leg)
+    if leg is not None:
+        ordered = [instance for instance in ordered if instance.leg in (None, leg)]
+    names = [instance.stage for instance in ordered]
+    first = names.index(from_stage) if from_stage else 0
+    last = len(names) - names[::-1].index(until_stage) if until_stage else len(names)
+    if first >= last:
+        raise ConfigError(f"--from {from_stage} --until {until_stage} selects nothing.")
+    return ordered[first:last]
+
+
+def _one_stage(
+    ordered: list[Instance], stage: str, round_: int | None, leg: str | None
+) -> list[Instance]:
+    found = [instance for instance in ordered if instance.stage == stage]
+    rounds = sorted({instance.round for instance in found if instance.round is not None})
+    if round_ is not None and round_ not in rounds:
+        there = f"it has rounds {', '.join(map(str, rounds))}" if rounds else "it runs once"
+        raise ConfigError(f"{stage} has no round {round_} in this recipe: {there}.")
+    wanted = round_ if round_ is not None else (rounds[-1] if rounds else None)
+    found = [i for i in found if i.round == wanted and (leg is None or i.leg in (None, leg))]
+    if leg is not None and not any(i.leg == leg for i in found):
+        shared = ", ".join(i.name for i in found) or "nothing"
+        if not found:
+            raise ConfigError(f"{stage} has no leg {leg!r}: {shared}.")
+    return found

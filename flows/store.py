@@ -1,0 +1,504 @@
+"""Artifacts on disk: the only authority on what is done.
+
+    artifacts/<instance>/<key>/            outputs and manifest.json, committed by one rename
+    artifacts/<instance>/.staging-<key>/   work in progress; a restart continues in it
+    artifacts/runs/*.json                  what each run did
+    artifacts/latest/                      the newest report and model
+
+A key is the digest of everything that can change the outputs; an artifact's digest is the digest of
+its outputs. One writer per key, by `flock` (the kernel frees it when a process dies).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from stages.contracts import VOLATILE
+from stages.shards import file_digest, write_json
+
+KEY_CHARS = 20
+MANIFEST = "manifest.json"
+_TIMES = ".times.json"
+_OWN_FILES = {MANIFEST, _TIMES}
+_FSYNC_EACH_MAX = 256
+
+
+class StoreError(ValueError):
+    """An artifact or the store's folder is not as it must be; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One output that is not as the manifest says."""
+
+    path: str
+    state: str
+    """missing, truncated, altered, unreadable, or unsafe."""
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.state}"
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """The key that a set of ingredients gives."""
+    return digest_of(ingredients)[:KEY_CHARS]
+
+
+def counts(path: str) -> bool:
+    """Whether an output counts in the artifact's digest (not logs, not absolute roots)."""
+    return not any(
+        path.startswith(entry) if entry.endswith("/") else PurePosixPath(path).name == entry
+        for entry in VOLATILE
+    )
+
+
+def output_digest(manifest: Mapping[str, Any], part: str | None = None) -> str:
+    """Digest of an artifact's outputs, or of those below the top folder `part`."""
+    prefix = f"{part}/" if part else ""
+    found = {
+        path: entry["digest"]
+        for path, entry in manifest["outputs"].items()
+        if path.startswith(prefix) and counts(path)
+    }
+    return digest_of(found)[:KEY_CHARS]
+
+
+class Store:
+    """The artifacts folder."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self._digests: dict[str, Any] | None = None
+
+    # Places
+
+    def folder(self, name: str, key: str) -> Path:
+        """Where the artifact of an instance lies once it is committed."""
+        return self.root / name / key
+
+    def staging(self, name: str, key: str) -> Path:
+        """Where it is being made."""
+        return self.root / name / f".staging-{key}"
+
+    def progress_file(self, name: str, key: str) -> Path:
+        """Where its newest progress is told while it is being made."""
+        return self.root / name / f".progress-{key}.json"
+
+    def failure_file(self, name: str, key: str) -> Path:
+        """Where the error of its last attempt is kept."""
+        return self.root / name / f".failed-{key}.json"
+
+    def open(self) -> None:
+        """Make the folder.
+
+        Raises:
+            StoreError: it cannot be made or written to.
+        """
+        try:
+            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".locks" / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"artifacts folder {str(self.root)!r} cannot be written to ({error.strerror}): "
+                f"choose another with --artifacts DIR."
+            ) from error
+
+    # Reading
+
+    def find(self, name: str, key: str) -> Path | None:
+        """The committed artifact with this key: the instance's own, or that of another leg."""
+        own = self.folder(name, key)
+        if (own / MANIFEST).is_file():
+            return own
+        base = name.split("#")[0]
+        for other in sorted(self.root.glob(f"{base}#*")) + [self.root / base]:
+            if (other / key / MANIFEST).is_file():
+                return other / key
+        return None
+
+    def manifest(self, folder: Path) -> dict[str, Any]:
+        """Read an artifact's manifest.
+
+        Raises:
+            StoreError: it is missing, no JSON, or was altered.
+        """
+        path = folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_bytes())
+            seal = manifest.pop("seal")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise StoreError(f"{path} is missing or unreadable.") from error
+        if seal != digest_of(manifest):
+            raise StoreError(f"{path} was altered since it was written.")
+        return manifest
+
+    def artifacts(self, name: str | None = None) -> Iterator[Path]:
+        """Committed artifacts of one instance, or of all."""
+        pattern = f"{name}/*/{MANIFEST}" if name else f"*/*/{MANIFEST}"
+        for path in sorted(self.root.glob(pattern)):
+            if not path.parent.name.startswith("."):
+                yield path.parent
+
+    def newest(self, name: str) -> dict[str, Any] | None:
+        """The manifest of the instance's most recently finished artifact, or None."""
+        best: dict[str, Any] | None = None
+        for folder in self.artifacts(name):
+            with contextlib.suppress(StoreError):
+                manifest = self.manifest(folder)
+                if best is None or manifest["finished"] > best["finished"]:
+                    best = manifest
+        return best
+
+    def problems(
+        self, folder: Path, manifest: Mapping[str, Any], *, full: bool = False
+    ) -> list[Problem]:
+        """Outputs that are missing, truncated or altered.
+
+        By default sizes and times are compared, and only what looks touched is read; `full` reads
+        and digests everything.
+        """
+        times = _read_json(folder / _TIMES) or {}
+        found: list[Problem] = []
+        healed: dict[str, int] = {}
+        for path, entry in manifest["outputs"].items():
+            if not _is_inside(path) or (folder / path).is_symlink():
+                found.append(Problem(path=path, state="unsafe"))
+            elif "num_files" in entry:
+                self._check_shard(folder, path, entry, times, full, found, healed)
+            else:
+                self._check_file(folder, path, entry, times, full, found, healed)
+        if healed:
+            with contextlib.suppress(OSError):
+                write_json(folder / _TIMES, times | healed)
+        return found
+
+    def _check_file(
+        self,
+        folder: Path,
+        path: str,
+        entry: Mapping[str, Any],
+        times: Mapping[str, int],
+        full: bool,
+        found: list[Problem],
+        healed: dict[str, int],
+    ) -> None:
+        try:
+            stat = os.stat(os.path.join(folder, path))
+        except OSError:
+            found.append(Problem(path=path, state="missing"))
+            return
+        if stat.st_size != entry["bytes"]:
+            state = "truncated" if stat.st_size < entry["bytes"] else "altered"
+            found.append(Problem(path=path, state=state))
+        elif full or stat.st_mtime_ns != times.get(path, entry["mtime_ns"]):
+            if file_digest(folder / path) != entry["digest"]:
+                found.append(Problem(path=path, state="altered"))
+            else:
+                healed[path] = stat.st_mtime_ns
+
+    def _check_shard(
+        self,
+        folder: Path,
+        path: str,
+        entry: Mapping[str, Any],
+        times: Mapping[str, int],
+        full: bool,
+        found: list[Problem],
+        healed: dict[str, int],
+    ) -> None:
+        try:
+            num_files, num_bytes, newest = _shard_stat(os.path.join(folder, path))
+        except OSError:
+            found.append(Problem(path=path, state="missing"))
+            return
+        same = (num_files, num_bytes) == (entry["num_files"], entry["bytes"])
+        if same and not full and newest == times.get(path, entry["mtime_ns"]):
+            return
+        bad = list(_shard_problems(folder / path, path, entry))
+        found.extend(bad)
+        if not bad:
+            healed[path] = newest
+
+    # Writing
+
+    @contextlib.contextmanager
+    def lock(self, name: str, key: str, *, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Be the only writer of a key; `waiting` is told who holds it, if anybody does."""
+        path = self.root / ".locks" / f"{name}-{key}"
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                waiting(file.read().strip() or "another process")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def is_locked(self, name: str, key: str) -> str | None:
+        """Who holds the lock of a key, or None."""
+        path = self.root / ".locks" / f"{name}-{key}"
+        with contextlib.suppress(FileNotFoundError), path.open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+        return None
+
+    def commit(
+        self, name: str, key: str, manifest: Mapping[str, Any]
+    ) -> tuple[Path, dict[str, Any]]:
+        """Seal the staging folder and rename it into place; an older one is moved away first.
+
+        Returns:
+            The artifact's folder and its whole manifest.
+
+        Raises:
+            StoreError: the stage left nothing, or a link that leads elsewhere.
+        """
+        staging, final = self.staging(name, key), self.folder(name, key)
+        for leftover in staging.glob(".*"):
+            _remove(leftover)
+        outputs = describe_outputs(staging)
+        if not outputs:
+            raise StoreError(f"{name} left no output in {staging}.")
+        whole = {**manifest, "outputs": outputs}
+        whole["digest"] = output_digest(whole)
+        write_json(staging / MANIFEST, whole | {"seal": digest_of(_as_json(whole))})
+        _fsync_tree(staging)
+        if final.exists():
+            self.trash(final)
+        staging.rename(final)
+        _fsync_folder(final.parent)
+        self.progress_file(name, key).unlink(missing_ok=True)
+        self.failure_file(name, key).unlink(missing_ok=True)
+        return final, whole
+
+    def trash(self, folder: Path) -> None:
+        """Remove a folder so that a crash in the middle leaves no half of it under its name."""
+        aside = folder.with_name(f".trash-{folder.name}-{os.getpid()}-{time.time_ns()}")
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def write_run(self, run: Mapping[str, Any]) -> Path:
+        """Record a run (again and again while it goes on)."""
+        path = self.root / "runs" / f"{run['id']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+        return path
+
+    def runs(self) -> list[Path]:
+        """Run records, oldest first."""
+        return sorted((self.root / "runs").glob("*.json"))
+
+    def point_latest(self, name: str, target: Path) -> None:
+        """Let `latest/<name>` point at a file or folder of an artifact."""
+        link = self.root / "latest" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        temporary = link.with_name(f".{link.name}-{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(target, link.parent))
+        temporary.replace(link)
+
+    # Adopted artifacts stand in for an instance whatever its key would be
+
+    def pins(self) -> dict[str, str]:
+        """Instance -> key of the adopted artifact that stands in for it."""
+        return _read_json(self.root / "adopted.json") or {}
+
+    def pin(self, name: str, key: str | None) -> None:
+        """Let an adopted artifact stand in for an instance; None: no longer."""
+        pins = self.pins()
+        pins.pop(name, None)
+        if key is not None:
+            pins[name] = key
+        write_json(self.root / "adopted.json", pins)
+
+    # Digests of weights and other files outside, remembered by path, size and time
+
+    def outside_digest(self, path: Path) -> str:
+        """Digest of a file or folder outside the store."""
+        if self._digests is None:
+            self._digests = _read_json(self.root / "outside.json") or {}
+        stamp = _stamp(path)
+        remembered = self._digests.get(str(path.resolve()))
+        if remembered and remembered["stamp"] == stamp:
+            return remembered["digest"]
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_data(p))
+        names = {
+            (p.name if path.is_file() else p.relative_to(path).as_posix()): file_digest(p)
+            for p in files
+        }
+        digest = digest_of(list(names.values()) if path.is_file() else names)[:KEY_CHARS]
+        self._digests[str(path.resolve())] = {"stamp": stamp, "digest": digest}
+        with contextlib.suppress(OSError):
+            write_json(self.root / "outside.json", self._digests)
+        return digest
+
+
+def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below a folder with size, time and digest; a shard counts as one entry.
+
+    Raises:
+        StoreError: a link is among them.
+    """
+    outputs: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            raise StoreError(f"{path} is a link: artifacts hold files only.")
+        if path.is_dir() and (path / "shard.json").is_file():
+            num_files, num_bytes, newest = _shard_stat(path)
+            outputs[path.name] = {
+                "bytes": num_bytes,
+                "num_files": num_files,
+                "digest": file_digest(path / "shard.json"),
+                "mtime_ns": newest,
+            }
+        elif path.is_dir():
+            for name, entry in describe_outputs(path).items():
+                outputs[f"{path.name}/{name}"] = entry
+        elif path.name not in _OWN_FILES:
+            stat = path.stat()
+            outputs[path.name] = {
+                "bytes": stat.st_size,
+                "digest": file_digest(path),
+                "mtime_ns": stat.st_mtime_ns,
+            }
+    return outputs
+
+
+def listing_digest(folders: list[Path], base: Path) -> str:
+    """Digest of the names, sizes and times of all files below folders (not of their bytes)."""
+    lines: list[str] = []
+    for folder in folders:
+        _list_into(lines, os.fspath(folder), os.fspath(base))
+    lines.sort()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:KEY_CHARS]
+
+
+def _list_into(lines: list[str], folder: str, base: str) -> None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                _list_into(lines, entry.path, base)
+            else:
+                stat = entry.stat()
+                name = os.path.relpath(entry.path, base)
+                lines.append(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}")
+
+
+def _shard_stat(folder: Path | str) -> tuple[int, int, int]:
+    """Files, bytes and newest time of a shard's folder."""
+    num_files = num_bytes = newest = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stat = entry.stat(follow_symlinks=False)
+            num_files += 1
+            num_bytes += stat.st_size
+            newest = max(newest, stat.st_mtime_ns)
+    return num_files, num_bytes, newest
+
+
+def _shard_problems(folder: Path, name: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+    index = folder / "shard.json"
+    if not index.is_file():
+        yield Problem(path=f"{name}/shard.json", state="missing")
+        return
+    if file_digest(index) != entry["digest"]:
+        yield Problem(path=f"{name}/shard.json", state="altered")
+        return
+    files = json.loads(index.read_bytes())["files"]
+    for extra in sorted({path.name for path in folder.iterdir()} - {*files, "shard.json"}):
+        yield Problem(path=f"{name}/{extra}", state="altered (it does not belong here)")
+    for file, expected in files.items():
+        path = folder / file
+        if not _is_inside(file) or path.is_symlink():
+            yield Problem(path=f"{name}/{file}", state="unsafe")
+        elif not path.is_file():
+            yield Problem(path=f"{name}/{file}", state="missing")
+        elif path.stat().st_size < expected["bytes"]:
+            yield Problem(path=f"{name}/{file}", state="truncated")
+        elif file_digest(path) != expected["digest"]:
+            yield Problem(path=f"{name}/{file}", state="altered")
+
+
+def _is_inside(path: str) -> bool:
+    pure = PurePosixPath(path)
+    return not pure.is_absolute() and ".." not in pure.parts and "\\" not in path
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+
+
+def _stamp(path: Path) -> str:
+    if path.is_file():
+        stat = path.stat()
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+    return listing_digest([path], path)
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(folder: Path) -> None:
+    """Bring everything below a folder to the disk: file by file, or all at once if many."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    if len(paths) > _FSYNC_EACH_MAX:
+        os.sync()
+        return
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    _fsync_folder(folder)
