@@ -4,6 +4,7 @@
 the key `segmenter`. Defaults are the CLOUDS settings (frozen CLIP tower, Mask2Former decoder).
 """
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -186,3 +187,25 @@ class SegmenterConfig(Section):
     """The decoder above it."""
     losses: LossConfig = LossConfig()
     """Matching and losses."""
+
+
+MINIATURE_DIR = Path(__file__).parent / "miniature"
+_LOCAL_PREFIX = "local-dir:"
+_BUILTIN_PREFIX = "builtin:"
+
+
+def weights_path(reference: str) -> Path | None:
+    """The file or folder that a reference to weights names, or None if it names a hub's model.
+
+    `builtin:NAME` is a network that ships with this package, `local-dir:FOLDER` and every existing
+    path are local; all else ("RN50", "owner/name") is a hub id or a library's tag.
+    """
+    if reference.startswith(_BUILTIN_PREFIX):
+        return MINIATURE_DIR / reference.removeprefix(_BUILTIN_PREFIX)
+    if reference.startswith(_LOCAL_PREFIX):
+        return weights_path(reference.removeprefix(_LOCAL_PREFIX)) or Path(
+            reference.removeprefix(_LOCAL_PREFIX)
+        )
+    path = Path(reference)
+    looks_local = path.is_absolute() or len(path.parts) > 1 or path.suffix != ""
+    return path if looks_local and path.exists() else None

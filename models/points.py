@@ -1,0 +1,118 @@
+"""Points at which masks are compared: drawn by seeds, sampled bilinearly from masks and labels.
+
+Source: Kirillov et al., PointRend (CVPR 2020), section 3.1, as used by Mask2Former.
+"""
+
+# B batch, L predictions, N matched masks of the batch, P points, K classes, H W height and width;
+# a trailing 2 is (x, y) in [0, 1] across the map, align_corners False
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+class PointDraws(NamedTuple):
+    """All random numbers of one call of the criterion; lists run over the images."""
+
+    matching: list[torch.Tensor]
+    """Points of the matching, [L, P, 2], shared by all masks of an image."""
+    candidates: list[torch.Tensor]
+    """Candidates for uncertain points, [L, masks of the image, oversampled P, 2]."""
+    uniform: list[torch.Tensor]
+    """The other points, [L, masks of the image, P less the uncertain ones, 2]."""
+
+
+def draw_points(
+    seeds: Sequence[int],
+    masks: Sequence[int],
+    *,
+    predictions: int,
+    points: int,
+    candidates: int,
+    uncertain: int,
+    device: torch.device,
+) -> PointDraws:
+    """Uniform draws that depend, image by image, on its seed alone.
+
+    Args:
+        seeds: one per image.
+        masks: number of target masks of each image.
+        predictions: supervised predictions L.
+        points: points per mask.
+        candidates: candidates per mask for the uncertain points.
+        uncertain: how many of the points are chosen among the candidates.
+        device: where to draw; CPU and GPU draw different numbers from one seed.
+    """
+    draws = PointDraws([], [], [])
+    for seed, n in zip(seeds, masks, strict=True):
+        generator = torch.Generator(device=device).manual_seed(seed)
+        for target, shape in (
+            (draws.matching, (predictions, points, 2)),
+            (draws.candidates, (predictions, n, candidates, 2)),
+            (draws.uniform, (predictions, n, points - uncertain, 2)),
+        ):
+            target.append(torch.rand(shape, generator=generator, device=device))
+    return draws
+
+
+def sample_masks(masks_NCHW: torch.Tensor, points_NP2: torch.Tensor) -> torch.Tensor:
+    """Masks at points, [N, C, P]; zeros outside."""
+    grid = 2 * points_NP2[:, None] - 1
+    return F.grid_sample(masks_NCHW, grid, align_corners=False)[:, :, 0]
+
+
+def corners(
+    points_NP2: torch.Tensor, height: int, width: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The four pixels around each point as (row-major index, bilinear weight), both [N, P].
+
+    Pixels outside of the map have weight 0 and some index inside.
+    """
+    x = points_NP2[..., 0] * width - 0.5
+    y = points_NP2[..., 1] * height - 0.5
+    left, top = x.floor(), y.floor()
+    x_share, y_share = x - left, y - top
+    left, top = left.long(), top.long()
+    found = []
+    for dy, y_weight in ((0, 1 - y_share), (1, y_share)):
+        row = top + dy
+        y_weight = y_weight * ((row >= 0) & (row < height))
+        for dx, x_weight in ((0, 1 - x_share), (1, x_share)):
+            column = left + dx
+            x_weight_inside = x_weight * ((column >= 0) & (column < width))
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            found.append((index, y_weight * x_weight_inside))
+    return found
+
+
+def sample_label_shares(
+    labels_BHW: torch.Tensor, points_BP2: torch.Tensor, classes: int
+) -> torch.Tensor:
+    """The bilinear share of every class at points, [B, K + 1, P]; the last one: of other values.
+
+    Equal to sampling the classes' binary masks, which are never built.
+    """
+    B, H, W = labels_BHW.shape
+    shares = points_BP2.new_zeros(B, classes + 1, points_BP2.shape[1])
+    flat = labels_BHW.flatten(1)
+    for index, weight in corners(points_BP2, H, W):
+        label = flat.gather(1, index).long().clamp(max=classes)
+        shares.scatter_add_(1, label[:, None], weight[:, None])
+    return shares
+
+
+def sample_label_masks(
+    labels_BHW: torch.Tensor,
+    images_N: torch.Tensor,
+    values_N: torch.Tensor,
+    points_NP2: torch.Tensor,
+) -> torch.Tensor:
+    """The binary masks `labels[image] == value` at points, [N, P], bilinearly, never built."""
+    _, H, W = labels_BHW.shape
+    flat = labels_BHW.reshape(-1)
+    start = (images_N * (H * W))[:, None]
+    sampled = torch.zeros_like(points_NP2[..., 0])
+    for index, weight in corners(points_NP2, H, W):
+        sampled += weight * (flat[index + start] == values_N[:, None])
+    return sampled
