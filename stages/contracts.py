@@ -49,7 +49,10 @@ A shard is a folder `shard-00000` of at most 1000 items with its own `index.json
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from stages.layouts import watched
 
 VOLATILE = ("logs/", "roots.json")
 """Outputs under these folders, or with these file names, do not count in an artifact's digest."""
@@ -98,6 +101,17 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
+class External:
+    """Files outside the store that a stage reads."""
+
+    base: Path
+    """Names are relative to this folder; it counts in the key itself when files are listed."""
+    paths: tuple[Path, ...]
+    by: Literal["listing", "content"] = "content"
+    """listing: names, sizes and times count (large data); content: the bytes count."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contract:
     """A stage as the engine sees it, without importing the stage."""
 
@@ -124,9 +138,10 @@ class Contract:
     weights: tuple[str, ...] = ()
     """Dotted config fields that name weights (a hub id, folder, file or builtin:NAME); identity
     counts in the key."""
-    externals: Callable[[Any], Mapping[str, Any]] = lambda recipe: {}
-    """What the stage reads from outside the store, as {name: folders listing or file}; see
-    `flows/store.py`."""
+    externals: Callable[[Any], Mapping[str, "External"]] = lambda recipe: {}
+    """What the stage reads from outside the store; its state counts in the key."""
+    units: Callable[[Any], int | None] = lambda recipe: None
+    """Units of work that the recipe asks for (steps, pictures), for estimates."""
     exists: Callable[[Any], bool] = lambda recipe: True
     """Whether the recipe has this stage at all."""
 
@@ -161,6 +176,36 @@ def uses_world(recipe: Any, _round: int = 0) -> bool:
     return any(dataset.root.startswith("@render_world") for dataset in _all_datasets(recipe))
 
 
+def labelspace_file(name: str) -> Path:
+    """The YAML file of a label space: a shipped name, or a path."""
+    shipped = Path(__file__).parent / "labelspaces" / f"{name}.yaml"
+    return shipped if shipped.is_file() else Path(name)
+
+
+def dataset_root(recipe: Any, dataset: Any) -> Path | None:
+    """Absolute folder of a data set, or None if it lies in the rendered world."""
+    if dataset.root.startswith("@"):
+        return None
+    return (Path(recipe.data.root).expanduser() / Path(dataset.root).expanduser()).absolute()
+
+
+def _data_externals(recipe: Any) -> dict[str, External]:
+    labels = labelspace_file(recipe.data.labels)
+    found = {"labels": External(base=labels.parent, paths=(labels,))}
+    for dataset in _all_datasets(recipe):
+        root = dataset_root(recipe, dataset)
+        if root is not None:
+            folders = tuple(watched(dataset, root))
+            found[f"{dataset.name}"] = External(base=root, paths=folders, by="listing")
+    return found
+
+
+def _prompt_files(_recipe: Any) -> dict[str, External]:
+    folder = Path(__file__).resolve().parents[1] / "prompts"
+    files = tuple(sorted(p for p in folder.iterdir() if p.suffix in {".yaml", ".jsonl", ".txt"}))
+    return {"prompts": External(base=folder, paths=files)}
+
+
 _LABELSPACE = Need(role="labelspace", stage="prepare", part="labelspace")
 _SOURCES = Need(role="sources", stage="prepare", part="sources")
 _TEACHER = Need(role="teacher", stage="self_train", round_offset=-1, at_round_0="train_source")
@@ -181,12 +226,13 @@ CONTRACTS: tuple[Contract, ...] = (
         does="Index the data sets, check every file, count classes.",
         sections=("prepare", "data"),
         needs=(Need(role="world", stage="render_world", when=uses_world),),
-        externals=lambda recipe: {"datasets": _all_datasets(recipe), "labels": recipe.data.labels},
+        externals=_data_externals,
     ),
     Contract(
         name="train_source",
         version=1,
         verb="stages.train_source",
+        units=lambda recipe: recipe.train_source.steps,
         does="Train the segmenter on the labelled sources.",
         sections=("segmenter", "train_source"),
         needs=(_SOURCES, _LABELSPACE),
@@ -203,13 +249,15 @@ CONTRACTS: tuple[Contract, ...] = (
         rounds=_fresh_pictures,
         numeric=True,
         weights=("write_prompts.model",),
-        externals=lambda recipe: {"prompts": "prompts"},
+        externals=_prompt_files,
+        units=lambda recipe: recipe.write_prompts.num_prompts,
         exists=lambda recipe: _in_rounds(recipe) and recipe.synthesize.mode == "paint",
     ),
     Contract(
         name="synthesize",
         version=1,
         verb="stages.synthesize",
+        units=lambda recipe: recipe.synthesize.num_images,
         does="Paint pictures from the prompts (or collect unlabelled ones).",
         sections=("synthesize",),
         needs=(
@@ -225,6 +273,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="pseudo_label",
         version=1,
         verb="stages.pseudo_label",
+        units=lambda recipe: recipe.synthesize.num_images,
         does="Label the pictures with the teacher.",
         sections=("pseudo_label",),
         needs=(Need(role="pictures", stage="synthesize"), _TEACHER),
@@ -236,6 +285,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="select",
         version=1,
         verb="stages.select",
+        units=lambda recipe: recipe.synthesize.num_images,
         does="Choose which pictures are kept, with reasons.",
         sections=("select",),
         needs=(
@@ -249,6 +299,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="refine",
         version=1,
         verb="stages.refine",
+        units=lambda recipe: recipe.synthesize.num_images,
         does="Sharpen the labels with SAM.",
         sections=("refine",),
         needs=(
@@ -265,6 +316,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="self_train",
         version=1,
         verb="stages.self_train",
+        units=lambda recipe: recipe.self_train.steps,
         does="Train on source and painted pictures together.",
         sections=("self_train",),
         needs=(
