@@ -33,9 +33,11 @@ class DatasetConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name in ids ("name/stem"), tables and the report."""
-    layout: Literal["cityscapes", "gta5", "folder"] = "cityscapes"
-    """On-disk layout: Cityscapes' (leftImg8bit, gtFine), GTA5's (images, labels), or any folder of
-    images without labels."""
+    layout: Literal[
+        "cityscapes", "gta5", "folder", "synthia", "bdd100k", "mapillary", "acdc", "urbansyn"
+    ] = "cityscapes"
+    """On-disk layout as released (`stages/layouts.py` lists the folders of each); folder: any
+    folder of images without labels."""
     root: str
     """Folder of the data set: absolute, below `data.root`, or `@render_world/PART` for the
     miniature's own streets."""
