@@ -128,7 +128,7 @@ class Store:
         if (own / MANIFEST).is_file():
             return own
         base = name.split("#")[0]
-        for other in sorted(self.root.glob(f"{base}#*")) + [self.root / base]:
+        for other in [self.root / base, *sorted(self.root.glob(f"{base}#*"))]:
             if (other / key / MANIFEST).is_file():
                 return other / key
         return None
@@ -285,9 +285,9 @@ class Store:
         outputs = describe_outputs(staging)
         if not outputs:
             raise StoreError(f"{name} left no output in {staging}.")
-        whole = {**manifest, "outputs": outputs}
+        whole = _as_json({**manifest, "outputs": outputs})
         whole["digest"] = output_digest(whole)
-        write_json(staging / MANIFEST, whole | {"seal": digest_of(_as_json(whole))})
+        write_json(staging / MANIFEST, whole | {"seal": digest_of(whole)})
         _fsync_tree(staging)
         if final.exists():
             self.trash(final)

@@ -1,0 +1,137 @@
+"""Everything a run needs, looked at before it starts: data, weights, disk, memory, device.
+
+clouds check --recipe NAME
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.engine import Listener
+from flows.pipeline import Instance
+from flows.recipes import ConfigError
+from flows.store import Store
+from models.config import weights_path
+from stages.contracts import dataset_root, labelspace_file
+from stages.layouts import samples
+
+MIN_FREE_BYTES = 200 * 2**20
+_NOT_WEIGHTS = {"bank", "random"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    state: Literal["ok", "warning", "error"]
+    text: str
+
+
+def preflight(pending: Sequence[Instance], *, store: Store, listener: Listener) -> None:
+    """Stop before any work if something is missing.
+
+    Raises:
+        ConfigError: names everything that is missing, and the way out.
+    """
+    findings = list(look(pending, store=store))
+    for finding in findings:
+        if finding.state == "warning":
+            listener.say(f"warning: {finding.what}: {finding.text}")
+    wrong = [f"{finding.what}: {finding.text}" for finding in findings if finding.state == "error"]
+    if wrong:
+        raise ConfigError("this run cannot start:\n  " + "\n  ".join(wrong))
+
+
+def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
+    """Look at what the pending instances need (no torch, no file contents)."""
+    stages = {instance.stage for instance in pending}
+    recipes = {instance.stage: instance.recipe for instance in pending}
+    if "prepare" in stages:
+        yield from _data(recipes["prepare"])
+    seen = set()
+    for instance in pending:
+        for field in instance.contract.weights:
+            found = _weights(instance, field)
+            if found is not None and found.what not in seen:
+                seen.add(found.what)
+                yield found
+    yield _disk(store)
+
+
+def _data(recipe: Any) -> Iterator[Finding]:
+    path = labelspace_file(recipe.data.labels)
+    if not path.is_file():
+        known = ", ".join(
+            sorted(p.stem for p in labelspace_file("").parent.glob("*.yaml")) or ["-"]
+        )
+        text = (
+            f"{recipe.data.labels!r} is neither a shipped label space nor a file; shipped: {known}"
+        )
+        yield Finding(what="data.labels", state="error", text=text)
+    for group in ("sources", "targets", "validation", "unlabelled"):
+        for number, dataset in enumerate(getattr(recipe.data, group)):
+            root = dataset_root(recipe, dataset)
+            if root is not None:
+                yield _dataset(f"data.{group}.{number} ({dataset.name})", dataset, root)
+
+
+def _dataset(what: str, dataset: Any, root: Path) -> Finding:
+    try:
+        found = samples(dataset, root)
+    except (FileNotFoundError, ValueError) as error:
+        return Finding(what=what, state="error", text=str(error))
+    return Finding(what=what, state="ok", text=f"{len(found)} samples below {root}")
+
+
+def _weights(instance: Instance, field: str) -> Finding | None:
+    section = instance.recipe
+    for part in field.split("."):
+        section, parent = getattr(section, part), section
+    reference = section
+    if reference is None or reference in _NOT_WEIGHTS:
+        return None
+    local = weights_path(reference)
+    if local is not None:
+        state = "ok" if local.exists() else "error"
+        text = str(local) if local.exists() else f"{reference!r}: {local} is not there"
+        return Finding(what=field, state=state, text=text)
+    if "/" not in reference:
+        return None
+    return _hub(field, reference, getattr(parent, "revision", None))
+
+
+def _hub(field: str, repository: str, revision: str | None) -> Finding:
+    """Whether a hub's model lies in the local cache; without network it must."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = {entry.repo_id for entry in scan_cache_dir().repos}
+    except CacheNotFound:
+        cached = set()
+    if repository in cached:
+        return Finding(what=field, state="ok", text=f"{repository} is in the local hub cache")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes", "on"}
+    fetch = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    text = f"{repository} is not in the local hub cache; fetch it with `{fetch}`"
+    if offline:
+        return Finding(what=field, state="error", text=text + " (HF_HUB_OFFLINE is set)")
+    return Finding(what=field, state="warning", text=text + ", or it is fetched when it is needed")
+
+
+def _disk(store: Store) -> Finding:
+    place = store.root if store.root.exists() else Path.cwd()
+    free = shutil.disk_usage(place).free
+    state = "ok" if free >= MIN_FREE_BYTES else "error"
+    return Finding(what="disk", state=state, text=f"{free / 2**30:.1f} GiB free at {place}")
+
+
+def machine() -> Iterator[Finding]:
+    """Memory and device (imports torch: for the `check` command only)."""
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    yield Finding(what="memory", state="ok", text=f"{pages * size / 2**30:.1f} GiB")
+    yield Finding(what="cores", state="ok", text=str(os.cpu_count()))

@@ -1,0 +1,564 @@
+"""Plan and run: which stages must run and why, and running them so that nothing is lost.
+
+The engine works the same under the command line and under Prefect; it imports neither Prefect nor
+torch. A stage runs in its staging folder, the engine commits.
+"""
+
+import datetime
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from flows import provenance
+from flows.keys import differences, ingredients
+from flows.pipeline import Instance, build
+from flows.recipes import ConfigError, nearest
+from flows.store import Problem, Store, StoreError, key_of, output_digest
+from stages.contracts import CONTRACTS, Contract, Progress, Summary
+from stages.shards import shard_folders, write_json
+
+Action = Literal["run", "skip", "may run"]
+PROGRESS_EVERY_S = 1.0
+
+
+class MissingNeedError(ValueError):
+    """A stage's input is not there; the message names the command that makes it."""
+
+
+class StageError(Exception):
+    """A stage failed. `user` says whether it is a user's mistake (then the message suffices)."""
+
+    def __init__(self, instance: str, error: BaseException, kept: Path) -> None:
+        self.instance, self.error, self.kept = instance, error, kept
+        self.user = isinstance(error, ValueError | OSError)
+        super().__init__(f"{instance}: {error}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A committed artifact: whose it is, its key, folder and manifest."""
+
+    name: str
+    key: str
+    folder: Path
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a plan says of one instance."""
+
+    instance: Instance
+    action: Action
+    reason: str
+    changes: tuple[str, ...] = ()
+    key: str | None = None
+    folder: Path | None = None
+    resumes: str | None = None
+    """Work found from an earlier attempt, such as "400/600 pictures"."""
+    held_by: str | None = None
+    """Which process works on it right now."""
+    last_seconds: float | None = None
+    estimate_s: float | None = None
+    estimate_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `plan --json`."""
+        return {
+            "instance": self.instance.name,
+            "action": self.action.upper(),
+            "reason": self.reason,
+            "changes": list(self.changes),
+            "key": self.key,
+            "folder": str(self.folder) if self.folder else None,
+            "resumes": self.resumes,
+            "held_by": self.held_by,
+            "last_seconds": self.last_seconds,
+            "estimate_s": self.estimate_s,
+            "estimate_bytes": self.estimate_bytes,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What running one instance came to."""
+
+    artifact: Artifact
+    cached: bool
+    seconds: float
+    text: str
+
+
+class Listener(Protocol):
+    """Who is told what happens (the command line, or Prefect)."""
+
+    def stage_started(self, instance: Instance, resumes: str | None) -> Progress:
+        """A stage begins; the returned object receives its progress."""
+
+    def stage_finished(self, instance: Instance, result: Result) -> None:
+        """A stage ended well, or was found done."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+
+Executor = Callable[[Mapping[str, Any], Progress], Summary]
+"""Runs the stage that a spec describes (see `stages/launch.py`) and returns its summary."""
+
+
+@dataclass
+class Engine:
+    """Plans and runs the instances of one recipe in one store."""
+
+    recipe: Any
+    store: Store
+    contracts: Sequence[Contract] = CONTRACTS
+    force: frozenset[str] = frozenset()
+    """Stages (or instances) to run even if they are done."""
+    command: str = "python flows/clouds.py"
+    """What a user types before `--stage`, for messages."""
+    prefect_run_id: str | None = None
+    instances: dict[str, Instance] = field(init=False)
+    _found: dict[str, Artifact] = field(init=False, default_factory=dict)
+    _forced: set[str] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.instances = build(self.recipe, self.contracts)
+        known = {*self.instances, *(instance.stage for instance in self.instances.values())}
+        for name in self.force:
+            if name not in known:
+                raise ConfigError(f"--force {name!r}: unknown stage{nearest(name, known)}")
+
+    # Planning
+
+    def plan(self, selected: Iterable[Instance]) -> list[Step]:
+        """What a run of the selected instances would do, in order, and why."""
+        steps: dict[str, Step] = {}
+        for instance in selected:
+            steps[instance.name] = self._plan_one(instance, steps)
+        return list(steps.values())
+
+    def _plan_one(self, instance: Instance, steps: Mapping[str, Step]) -> Step:
+        pinned = self._pinned(instance.name)
+        if pinned and not self._is_forced(instance):
+            return Step(
+                instance=instance,
+                action="skip",
+                reason=f"adopted from {pinned.manifest['origin']}",
+                key=pinned.key,
+                folder=pinned.folder,
+            )
+        pending = [
+            step
+            for entry in instance.inputs
+            if (step := steps.get(entry.instance)) is not None and step.action != "skip"
+        ]
+        newest = self.store.newest(instance.name)
+        if pending:
+            return self._plan_pending(instance, pending, newest)
+        try:
+            key, found = self._identify(instance)
+        except MissingNeedError as error:
+            return Step(instance=instance, action="run", reason=f"cannot start: {error}")
+        base = {"instance": instance, "key": key}
+        folder = self.store.find(instance.name, key)
+        if folder is None:
+            changes = tuple(differences(newest["ingredients"], found)) if newest else ()
+            reason = "; ".join(changes[:3]) if changes else "not made yet"
+            return self._will_run(base, reason, changes, newest)
+        try:
+            manifest = self.store.manifest(folder)
+            problems = self.store.problems(folder, manifest)
+        except StoreError as error:
+            return self._will_run(base, str(error), (), newest)
+        if problems:
+            return self._will_run(base, _say_problems(problems), (), newest)
+        if self._is_forced(instance):
+            return self._will_run(base, "forced", (), newest)
+        self._found[instance.name] = Artifact(
+            name=instance.name, key=key, folder=folder, manifest=manifest
+        )
+        return Step(**base, action="skip", reason="done", folder=folder)
+
+    def _plan_pending(
+        self, instance: Instance, pending: list[Step], newest: Mapping[str, Any] | None
+    ) -> Step:
+        certain = newest is None or self._is_forced(instance)
+        names = ", ".join(step.instance.name for step in pending[:3])
+        more = f" and {len(pending) - 3} more" if len(pending) > 3 else ""
+        verb = "runs" if any(step.action == "run" for step in pending) else "may run"
+        why = "not made yet" if newest is None else "forced"
+        reason = why if certain else f"{names}{more} {verb} before it"
+        seconds, size = self._estimate(instance, newest)
+        return Step(
+            instance=instance,
+            action="run" if certain else "may run",
+            reason=reason,
+            last_seconds=newest["seconds"] if newest else None,
+            estimate_s=seconds,
+            estimate_bytes=size,
+        )
+
+    def _will_run(
+        self,
+        base: dict[str, Any],
+        reason: str,
+        changes: tuple[str, ...],
+        newest: Mapping[str, Any] | None,
+    ) -> Step:
+        instance, key = base["instance"], base["key"]
+        seconds, size = self._estimate(instance, newest)
+        return Step(
+            **base,
+            action="run",
+            reason=reason,
+            changes=changes,
+            resumes=self.unfinished(instance.name, key),
+            held_by=self.store.is_locked(instance.name, key),
+            last_seconds=newest["seconds"] if newest else None,
+            estimate_s=seconds,
+            estimate_bytes=size,
+        )
+
+    def _estimate(
+        self, instance: Instance, newest: Mapping[str, Any] | None
+    ) -> tuple[float | None, int | None]:
+        """Seconds and bytes from the rate of the newest artifact, where both have units of work."""
+        units = instance.contract.units(instance.recipe)
+        work = (newest or {}).get("work") or {}
+        if not units or not work.get("done"):
+            return None, None
+        share = units / work["done"]
+        size = sum(entry["bytes"] for entry in newest["outputs"].values())
+        return newest["seconds"] * share, int(size * share)
+
+    def unfinished(self, name: str, key: str) -> str | None:
+        """What an earlier attempt left behind for a restart."""
+        staging = self.store.staging(name, key)
+        if not staging.is_dir():
+            return None
+        told = _read_json(self.store.progress_file(name, key))
+        shards = len(shard_folders(staging))
+        parts = []
+        if told and told.get("total"):
+            parts.append(f"{told['done']}/{told['total']} {told['unit']}")
+        if shards:
+            parts.append(f"{shards} finished shard{'s' if shards > 1 else ''}")
+        return ", ".join(parts) or "started"
+
+    # Identity
+
+    def _identify(self, instance: Instance) -> tuple[str, dict[str, Any]]:
+        """An instance's key and its ingredients, from the artifacts of its inputs."""
+        digests = {}
+        for entry in instance.inputs:
+            artifact = self.artifact_of(entry.instance, needed_by=instance, role=entry.role)
+            name = entry.instance if instance.contract.takes_everything else entry.role
+            digests[name] = output_digest(artifact.manifest, entry.part)
+        found = ingredients(instance, digests, self.store)
+        return key_of(found), found
+
+    def artifact_of(
+        self, name: str, *, needed_by: Instance | None = None, role: str = ""
+    ) -> Artifact:
+        """The committed, whole artifact of an instance under the present recipe.
+
+        Raises:
+            MissingNeedError: it is not there or damaged; the message names the command that makes
+                it.
+        """
+        if name in self._found:
+            return self._found[name]
+        pinned = self._pinned(name)
+        if pinned is not None:
+            self._found[name] = pinned
+            return pinned
+        key, _ = self._identify(self.instances[name])
+        folder = self.store.find(name, key)
+        problem = "is not there"
+        if folder is not None:
+            try:
+                manifest = self.store.manifest(folder)
+                problems = self.store.problems(folder, manifest)
+                if not problems:
+                    artifact = Artifact(name=name, key=key, folder=folder, manifest=manifest)
+                    self._found[name] = artifact
+                    return artifact
+                problem = f"is damaged ({_say_problems(problems)})"
+            except StoreError as error:
+                problem = f"is damaged ({error})"
+        what = f"{needed_by.name} needs {name}" + (f" ({role})" if role != name else "")
+        what = what if needed_by else name
+        raise MissingNeedError(f"{what}, which {problem}. Make it with: {self.command_for(name)}")
+
+    def command_for(self, name: str) -> str:
+        """The command that makes an instance."""
+        instance = self.instances[name]
+        words = [self.command, "--stage", instance.stage]
+        if instance.round is not None:
+            words += ["--round", str(instance.round)]
+        if instance.leg is not None:
+            words += ["--leg", instance.leg]
+        return " ".join(words)
+
+    def _pinned(self, name: str) -> Artifact | None:
+        key = self.store.pins().get(name)
+        if key is None:
+            return None
+        folder = self.store.folder(name, key)
+        return Artifact(name=name, key=key, folder=folder, manifest=self.store.manifest(folder))
+
+    def _is_forced(self, instance: Instance) -> bool:
+        wanted = bool(self.force & {instance.name, instance.stage})
+        return wanted and instance.name not in self._forced
+
+    # Running
+
+    def run_one(self, instance: Instance, *, listener: Listener, execute: Executor) -> Result:
+        """Run one instance unless its artifact is there and whole.
+
+        Raises:
+            MissingNeedError: an input is not there.
+            StageError: the stage failed; its error is kept beside the staging folder.
+        """
+        pinned = self._pinned(instance.name)
+        if pinned is not None and not self._is_forced(instance):
+            return self._done(instance, pinned, listener)
+        key, found = self._identify(instance)
+        with self.store.lock(
+            instance.name,
+            key,
+            waiting=lambda who: listener.say(f"{instance.name}: waiting for {who}"),
+        ):
+            if not self._is_forced(instance):
+                self._found.pop(instance.name, None)
+                if whole := self._whole(instance, key):
+                    return self._done(instance, whole, listener)
+            result = self._make(instance, key, found, listener, execute)
+        self._forced.add(instance.name)
+        self._found[instance.name] = result.artifact
+        if pinned is not None:
+            self.store.pin(instance.name, None)
+        listener.stage_finished(instance, result)
+        return result
+
+    def _whole(self, instance: Instance, key: str) -> Artifact | None:
+        """The artifact if it is whole; of a damaged one, what is whole goes back into staging."""
+        folder = self.store.find(instance.name, key)
+        if folder is None:
+            return None
+        try:
+            manifest = self.store.manifest(folder)
+            problems = self.store.problems(folder, manifest)
+        except StoreError:
+            if folder == self.store.folder(instance.name, key):
+                self.store.trash(folder)
+            return None
+        if not problems:
+            return Artifact(name=instance.name, key=key, folder=folder, manifest=manifest)
+        if folder == self.store.folder(instance.name, key):
+            self._salvage(instance.name, key, folder, problems)
+        return None
+
+    def _salvage(self, name: str, key: str, folder: Path, problems: list[Problem]) -> None:
+        staging = self.store.staging(name, key)
+        bad = {problem.path.split("/")[0] for problem in problems}
+        if staging.exists():
+            self.store.trash(staging)
+        for path in folder.iterdir():
+            if path.name in bad or not (path / "shard.json").is_file():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        folder.rename(staging)
+
+    def _done(self, instance: Instance, artifact: Artifact, listener: Listener) -> Result:
+        self._found[instance.name] = artifact
+        text = artifact.manifest.get("summary", {}).get("text", "")
+        result = Result(artifact=artifact, cached=True, seconds=0.0, text=text)
+        listener.stage_finished(instance, result)
+        return result
+
+    def _make(
+        self,
+        instance: Instance,
+        key: str,
+        found: dict[str, Any],
+        listener: Listener,
+        execute: Executor,
+    ) -> Result:
+        name = instance.name
+        staging = self.store.staging(name, key)
+        if self._is_forced(instance) and staging.exists():
+            self.store.trash(staging)
+        resumes = self.unfinished(name, key)
+        staging.mkdir(parents=True, exist_ok=True)
+        told = _Told(self.store.progress_file(name, key), listener.stage_started(instance, resumes))
+        started, clock = _now(), time.perf_counter()
+        try:
+            summary = execute(self.spec(instance, staging), told)
+        except (KeyboardInterrupt, SystemExit):
+            told.save()
+            raise
+        except Exception as error:
+            told.save()
+            kept = self._keep_failure(name, key, error)
+            raise StageError(name, error, kept) from error
+        manifest = {
+            "instance": name,
+            "stage": instance.stage,
+            "round": instance.round,
+            "leg": instance.leg,
+            "key": key,
+            "ingredients": found,
+            "inputs": self._inputs_of(instance),
+            "config": _config_of(instance),
+            "recipe": self.recipe.name,
+            "seed": instance.recipe.seed,
+            "precision": instance.recipe.precision,
+            "summary": {"text": summary.text, "numbers": dict(summary.numbers)},
+            "work": told.work(),
+            "started": started,
+            "finished": _now(),
+            "seconds": round(time.perf_counter() - clock, 3),
+            "peak_memory_bytes": _peak_memory_bytes(),
+            "prefect_run_id": self.prefect_run_id,
+            **provenance.facts(),
+        }
+        folder, whole = self.store.commit(name, key, manifest)
+        artifact = Artifact(name=name, key=key, folder=folder, manifest=whole)
+        return Result(
+            artifact=artifact, cached=False, seconds=manifest["seconds"], text=summary.text
+        )
+
+    def spec(self, instance: Instance, out: Path) -> dict[str, Any]:
+        """What `stages/launch.py` needs to run the stage, in this process or another."""
+        inputs: dict[str, Any] = {}
+        for entry in instance.inputs:
+            folder = self.artifact_of(entry.instance).folder
+            path = str((folder / entry.part if entry.part else folder).absolute())
+            if instance.contract.takes_everything:
+                inputs.setdefault(entry.role, {})[entry.instance] = path
+            else:
+                inputs[entry.role] = path
+        model = type(self.recipe)
+        return {
+            "stage": instance.stage,
+            "verb": instance.contract.verb,
+            "round": instance.round,
+            "leg": instance.leg,
+            "sections": list(instance.contract.sections),
+            "recipe": instance.recipe.model_dump(mode="json"),
+            "recipe_class": f"{model.__module__}:{model.__qualname__}",
+            "out": str(out.absolute()),
+            "inputs": inputs,
+        }
+
+    def _inputs_of(self, instance: Instance) -> dict[str, Any]:
+        listed = {}
+        for entry in instance.inputs:
+            artifact = self.artifact_of(entry.instance)
+            name = entry.instance if instance.contract.takes_everything else entry.role
+            listed[name] = {
+                "instance": entry.instance,
+                "part": entry.part,
+                "key": artifact.key,
+                "digest": output_digest(artifact.manifest, entry.part),
+            }
+        return listed
+
+    def _keep_failure(self, name: str, key: str, error: BaseException) -> Path:
+        path = self.store.failure_file(name, key)
+        record = {
+            "instance": name,
+            "key": key,
+            "error": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+            "when": _now(),
+        }
+        try:
+            write_json(path, record)
+        except OSError as reason:
+            print(f"could not keep the error at {path}: {reason}", file=sys.stderr)
+        return path
+
+
+class _Told:
+    """Passes progress on, and keeps the newest in a file for `status` and `plan`."""
+
+    def __init__(self, path: Path, listener: Progress) -> None:
+        self._path, self._listener = path, listener
+        self._total, self._done, self._unit = 0, 0, ""
+        self._found = 0
+        self._saved = 0.0
+
+    def start(self, total: int, unit: str, *, done: int = 0) -> None:
+        self._total, self._unit, self._done, self._found = total, unit, done, done
+        self._listener.start(total, unit, done=done)
+        self.save()
+
+    def advance(self, count: int = 1, **metrics: float) -> None:
+        self._done += count
+        self._listener.advance(count, **metrics)
+        if time.monotonic() - self._saved > PROGRESS_EVERY_S:
+            self.save()
+
+    def note(self, text: str) -> None:
+        self._listener.note(text)
+
+    def save(self) -> None:
+        """Write the newest state, unless the disk refuses (progress is no reason to stop)."""
+        self._saved = time.monotonic()
+        record = {
+            "total": self._total,
+            "done": self._done,
+            "unit": self._unit,
+            "pid": os.getpid(),
+            "updated": _now(),
+        }
+        try:
+            temporary = self._path.with_name(self._path.name + ".tmp")
+            temporary.write_text(json.dumps(record))
+            temporary.replace(self._path)
+        except OSError:
+            return
+
+    def work(self) -> dict[str, Any]:
+        """Units done in this attempt, for rates."""
+        return {"total": self._total, "done": self._done - self._found, "unit": self._unit}
+
+
+def _config_of(instance: Instance) -> dict[str, Any]:
+    recipe = instance.recipe
+    return {
+        name: getattr(recipe, name).model_dump(mode="json") for name in instance.contract.sections
+    }
+
+
+def _say_problems(problems: Sequence[Problem]) -> str:
+    shown = "; ".join(str(problem) for problem in problems[:3])
+    return shown + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def _peak_memory_bytes() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * scale
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
