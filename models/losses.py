@@ -29,6 +29,29 @@ IGNORE = 255
 """The label of unlabelled pixels."""
 
 
+class BatchCounts(NamedTuple):
+    """What the losses of a whole batch are divided by, where one call sees a part of it."""
+
+    images: float
+    masks: float
+    """Target masks of all images."""
+    labelled: float
+    """Pixels with a class, for losses per pixel."""
+
+
+class Handling(NamedTuple):
+    """How the images of one call count."""
+
+    weights_B: torch.Tensor | None = None
+    ignore_B: torch.Tensor | None = None
+    """Images whose unlabelled pixels are left out; None: no image's."""
+    whole: BatchCounts | None = None
+
+
+PLAIN = Handling()
+"""Every image counts alike, nothing is left out, the batch is whole."""
+
+
 class Matches(NamedTuple):
     """Matched pairs of one prediction, image after image, by query inside an image."""
 
@@ -60,6 +83,9 @@ class SetCriterion:
         *,
         seeds: Sequence[int] | None = None,
         draws: PointDraws | None = None,
+        weights_B: torch.Tensor | None = None,
+        ignore_B: torch.Tensor | None = None,
+        whole: BatchCounts | None = None,
     ) -> dict[str, torch.Tensor]:
         """All losses, unweighted, and their weighted sum.
 
@@ -68,6 +94,12 @@ class SetCriterion:
             labels_BHW: uint8 class ids at the size of the images, 255 = unlabelled.
             seeds: one per image, for the random points.
             draws: random points given instead of seeds.
+            weights_B: factor on all losses of an image; None: 1.
+            ignore_B: images (bool) whose unlabelled pixels are left out of mask losses; None: as
+                `config.unlabelled` says, for all.
+            whole: counts of the batch (per rank, on average) of which these images are a part, so
+                that the losses of its parts add up to those of the batch; None: these images are
+                the rank's batch.
 
         Returns:
             Scalars `loss_ce`, `loss_mask`, `loss_dice` of the final prediction, with suffix `_0`,
@@ -77,17 +109,22 @@ class SetCriterion:
             ValueError: labels of another size, or with values that are no class.
         """
         labels_BHW = self._padded(labels_BHW, output)
+        if ignore_B is None and self.config.unlabelled == "ignore":
+            ignore_B = torch.ones(len(labels_BHW), dtype=torch.bool, device=labels_BHW.device)
+        handling = Handling(weights_B, ignore_B, whole)
         with torch.autocast(labels_BHW.device.type, enabled=False):
             if output.pixel_logits_BKHW is not None:
-                losses = {"loss_ce": pixel_loss(output.pixel_logits_BKHW.float(), labels_BHW)}
+                logits_BKHW = output.pixel_logits_BKHW.float()
+                losses = {"loss_ce": pixel_loss(logits_BKHW, labels_BHW, handling=handling)}
                 losses["total"] = self.config.class_weight * losses["loss_ce"]
             else:
-                losses = self._set_losses(output.predictions, labels_BHW, seeds, draws)
+                losses = self._set_losses(output.predictions, labels_BHW, seeds, draws, handling)
             if output.text_scores_BKHW is not None:
                 losses["loss_text"] = pixel_loss(
                     output.text_scores_BKHW.float() / self.temperature,
                     labels_BHW,
                     count_ignored=True,
+                    handling=handling,
                 )
                 losses["total"] = losses["total"] + self.config.text_weight * losses["loss_text"]
         return losses
@@ -108,6 +145,7 @@ class SetCriterion:
         labels_BHW: torch.Tensor,
         seeds: Sequence[int] | None,
         draws: PointDraws | None,
+        handling: Handling,
     ) -> dict[str, torch.Tensor]:
         # 1. Which classes are there, and the random points.
         present = present_classes(labels_BHW, self.num_classes)
@@ -125,18 +163,23 @@ class SetCriterion:
             )
 
         # 2. Match every prediction.
-        matches = self.match(predictions, labels_BHW, present, draws)
+        matches = self.match(predictions, labels_BHW, present, draws, ignore_B=handling.ignore_B)
 
         # 3. Classes.
         class_logits = torch.stack([p.class_logits_BQK1 for p in predictions]).float()
-        class_sums_L, weight_sums_L = self._class_sums(class_logits, matches)
+        class_sums_L, weight_sums_L = self._class_sums(class_logits, matches, handling)
 
         # 4. Masks, all predictions at once.
         num_masks = class_logits.new_tensor([sum(len(classes) for classes in present)])
-        mask_sums_L, dice_sums_L = self._mask_sums(predictions, labels_BHW, matches, draws)
+        mask_sums_L, dice_sums_L = self._mask_sums(
+            predictions, labels_BHW, matches, draws, handling
+        )
 
         # 5. Means over the batch of all ranks, then the weighted sum.
-        divisors = over_ranks(torch.cat([weight_sums_L, num_masks.clamp(min=1)]))
+        if handling.whole is None:
+            divisors = over_ranks(torch.cat([weight_sums_L, num_masks.clamp(min=1)]))
+        else:
+            divisors = self._divisors(handling.whole, class_logits)
         ce_L = class_sums_L / divisors[:-1]
         mask_L, dice_L = mask_sums_L / divisors[-1], dice_sums_L / divisors[-1]
         suffixes = ["", *(f"_{index}" for index in range(len(predictions) - 1))]
@@ -149,6 +192,13 @@ class SetCriterion:
         ).sum()
         return losses
 
+    def _divisors(self, whole: BatchCounts, class_logits_LBQK1: torch.Tensor) -> torch.Tensor:
+        """Sum of class weights of every prediction, then the number of masks, for a whole batch."""
+        L, _, Q, _ = class_logits_LBQK1.shape
+        unmatched = whole.images * Q - whole.masks
+        weight_sum = whole.masks + self.config.no_object * unmatched
+        return class_logits_LBQK1.new_tensor([*[weight_sum] * L, max(whole.masks, 1)])
+
     @torch.no_grad()
     def match(
         self,
@@ -156,6 +206,8 @@ class SetCriterion:
         labels_BHW: torch.Tensor,
         present: Sequence[Sequence[int]],
         draws: PointDraws,
+        *,
+        ignore_B: torch.Tensor | None = None,
     ) -> list[Matches]:
         """The cheapest pairs of queries and classes, for every prediction.
 
@@ -164,10 +216,16 @@ class SetCriterion:
             labels_BHW: label maps that cover the same area as the masks.
             present: classes of each image.
             draws: random points; `matching` is used.
+            ignore_B: images whose unlabelled pixels are left out; None: no image's.
         """
         costs_LBQK = torch.stack(
             [
-                self._costs(prediction, labels_BHW, torch.stack([d[index] for d in draws.matching]))
+                self._costs(
+                    prediction,
+                    labels_BHW,
+                    torch.stack([d[index] for d in draws.matching]),
+                    ignore_B,
+                )
                 for index, prediction in enumerate(predictions)
             ]
         )
@@ -185,7 +243,11 @@ class SetCriterion:
         return found
 
     def _costs(
-        self, prediction: Prediction, labels_BHW: torch.Tensor, points_BP2: torch.Tensor
+        self,
+        prediction: Prediction,
+        labels_BHW: torch.Tensor,
+        points_BP2: torch.Tensor,
+        ignore_B: torch.Tensor | None,
     ) -> torch.Tensor:
         """Matching costs of all queries and classes, [B, Q, K]."""
         logits_BQP = sample_masks(prediction.masks_BQHW.float(), points_BP2)
@@ -194,8 +256,8 @@ class SetCriterion:
         probabilities_BQP = logits_BQP.sigmoid()
         # Cross-entropy is softplus(x) - x t: the first part is the same for every class.
         entropy_BQP = F.softplus(logits_BQP)
-        if self.config.unlabelled == "ignore":
-            valid_B1P = 1 - shares[:, -1:]
+        if ignore_B is not None:
+            valid_B1P = 1 - shares[:, -1:] * ignore_B[:, None, None]
             count = valid_B1P.sum(-1, keepdim=True).clamp(min=1e-6)
             entropy_BQP, probabilities_BQP = entropy_BQP * valid_B1P, probabilities_BQP * valid_B1P
         else:
@@ -209,7 +271,7 @@ class SetCriterion:
         return c.class_weight * classes + c.mask_weight * entropy + c.dice_weight * dice
 
     def _class_sums(
-        self, class_logits_LBQK1: torch.Tensor, matches: Sequence[Matches]
+        self, class_logits_LBQK1: torch.Tensor, matches: Sequence[Matches], handling: Handling
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Per prediction: weighted sum of cross-entropies, and the sum of the weights."""
         L, B, Q, K1 = class_logits_LBQK1.shape
@@ -224,6 +286,8 @@ class SetCriterion:
         entropies = F.cross_entropy(
             class_logits_LBQK1.flatten(0, 2), targets.flatten(), weight=weights_K1, reduction="none"
         )
+        if handling.weights_B is not None:
+            entropies = entropies.view(L, B, Q) * handling.weights_B[:, None]
         return entropies.view(L, -1).sum(1), weights_K1[targets].flatten(1).sum(1)
 
     def _mask_sums(
@@ -232,6 +296,7 @@ class SetCriterion:
         labels_BHW: torch.Tensor,
         matches: Sequence[Matches],
         draws: PointDraws,
+        handling: Handling,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Per prediction: sums over matched masks of the point-wise cross-entropy and of dice."""
         L = len(predictions)
@@ -251,13 +316,16 @@ class SetCriterion:
         with torch.no_grad():
             targets_NP = sample_label_masks(labels_BHW, images, classes, points)
             valid_NP = None
-            if self.config.unlabelled == "ignore":
+            if handling.ignore_B is not None:
                 unlabelled = torch.full_like(classes, IGNORE)
-                valid_NP = 1 - sample_label_masks(labels_BHW, images, unlabelled, points)
-        return (
-            mask_entropy(logits_NP, targets_NP, valid_NP).view(L, -1).sum(1),
-            dice_loss(logits_NP, targets_NP, valid_NP).view(L, -1).sum(1),
-        )
+                unlabelled_NP = sample_label_masks(labels_BHW, images, unlabelled, points)
+                valid_NP = 1 - unlabelled_NP * handling.ignore_B[images, None]
+        entropy_N = mask_entropy(logits_NP, targets_NP, valid_NP)
+        dice_N = dice_loss(logits_NP, targets_NP, valid_NP)
+        if handling.weights_B is not None:
+            weights_N = handling.weights_B[images]
+            entropy_N, dice_N = entropy_N * weights_N, dice_N * weights_N
+        return entropy_N.view(L, -1).sum(1), dice_N.view(L, -1).sum(1)
 
     @torch.no_grad()
     def _points(self, masks_N1HW: torch.Tensor, draws: PointDraws) -> torch.Tensor:
@@ -309,7 +377,11 @@ def dice_loss(
 
 
 def pixel_loss(
-    logits_BKHW: torch.Tensor, labels_BHW: torch.Tensor, *, count_ignored: bool = False
+    logits_BKHW: torch.Tensor,
+    labels_BHW: torch.Tensor,
+    *,
+    count_ignored: bool = False,
+    handling: Handling = PLAIN,
 ) -> torch.Tensor:
     """Cross-entropy per pixel, logits resized bilinearly to the labels.
 
@@ -317,13 +389,39 @@ def pixel_loss(
         logits_BKHW: class scores.
         labels_BHW: uint8, 255 = unlabelled.
         count_ignored: divide by all pixels (mmseg's default) instead of the labelled ones.
+        handling: weights of the images; counts of the whole batch (None: over all ranks).
     """
     logits = F.interpolate(
         logits_BKHW, size=labels_BHW.shape[-2:], mode="bilinear", align_corners=False
     )
-    total = F.cross_entropy(logits, labels_BHW.long(), ignore_index=IGNORE, reduction="sum")
-    counted = labels_BHW.numel() if count_ignored else (labels_BHW != IGNORE).sum().clamp(min=1)
-    return total / counted
+    reduction = "sum" if handling.weights_B is None else "none"
+    total = F.cross_entropy(logits, labels_BHW.long(), ignore_index=IGNORE, reduction=reduction)
+    if handling.weights_B is not None:
+        total = (total.sum((1, 2)) * handling.weights_B).sum()
+    if handling.whole is not None:
+        area = labels_BHW[0].numel()
+        counted = handling.whole.images * area if count_ignored else handling.whole.labelled
+        return total / max(counted, 1)
+    labelled = (labels_BHW != IGNORE).sum().clamp(min=1)
+    counted = total.new_tensor(labels_BHW.numel()) if count_ignored else labelled.to(total)
+    return total / over_ranks(counted)
+
+
+def count_batch(labels_BHW: torch.Tensor, classes: int) -> BatchCounts:
+    """What the losses of these labels are divided by, per rank on average.
+
+    Every class present is one target mask, so counts do not depend on what is predicted (as long
+    as there are at least as many queries as classes in an image).
+    """
+    present = present_classes(labels_BHW, classes)
+    sums = torch.stack(
+        [
+            labels_BHW.new_tensor(len(present), dtype=torch.float64),
+            labels_BHW.new_tensor(sum(map(len, present)), dtype=torch.float64),
+            (labels_BHW != IGNORE).sum().double(),
+        ]
+    )
+    return BatchCounts(*over_ranks(sums).tolist())
 
 
 def over_ranks(sums: torch.Tensor) -> torch.Tensor:
