@@ -110,8 +110,9 @@ class Listener(Protocol):
         """A line for people."""
 
 
-Executor = Callable[[Mapping[str, Any], Progress], Summary]
-"""Runs the stage that a spec describes (see `stages/launch.py`) and returns its summary."""
+Executor = Callable[[Mapping[str, Any], Progress, int], Summary]
+"""Runs the stage that a spec describes (see `stages/launch.py`) and returns its summary. The last
+argument is the file descriptor of the key's lock, for children to inherit."""
 
 
 @dataclass
@@ -337,12 +338,12 @@ class Engine:
             instance.name,
             key,
             waiting=lambda who: listener.say(f"{instance.name}: waiting for {who}"),
-        ):
+        ) as lock:
             if not self._is_forced(instance):
                 self._found.pop(instance.name, None)
                 if whole := self._whole(instance, key):
                     return self._done(instance, whole, listener)
-            result = self._make(instance, key, found, listener, execute)
+            result = self._make(instance, key, found, listener, execute, lock)
         self._forced.add(instance.name)
         self._found[instance.name] = result.artifact
         if pinned is not None:
@@ -392,6 +393,7 @@ class Engine:
         found: dict[str, Any],
         listener: Listener,
         execute: Executor,
+        lock: int,
     ) -> Result:
         name = instance.name
         staging = self.store.staging(name, key)
@@ -402,7 +404,7 @@ class Engine:
         told = _Told(self.store.progress_file(name, key), listener.stage_started(instance, resumes))
         started, clock = _now(), time.perf_counter()
         try:
-            summary = execute(self.spec(instance, staging), told)
+            summary = execute(self.spec(instance, staging), told, lock)
         except (KeyboardInterrupt, SystemExit):
             told.save()
             raise

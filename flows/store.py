@@ -239,8 +239,12 @@ class Store:
     # Writing
 
     @contextlib.contextmanager
-    def lock(self, name: str, key: str, *, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Be the only writer of a key; `waiting` is told who holds it, if anybody does."""
+    def lock(self, name: str, key: str, *, waiting: Callable[[str], None]) -> Iterator[int]:
+        """Be the only writer of a key; `waiting` is told who holds it, if anybody does.
+
+        Yields:
+            The lock's file descriptor: a child that inherits it holds the lock too.
+        """
         path = self.root / ".locks" / f"{name}-{key}"
         with path.open("a+") as file:
             try:
@@ -254,7 +258,7 @@ class Store:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             try:
-                yield
+                yield file.fileno()
             finally:
                 file.truncate(0)
 

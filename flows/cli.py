@@ -1,0 +1,368 @@
+"""The command line: verbs and their options. Imports neither torch nor Prefect.
+
+python flows/clouds.py --help
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows import console
+from flows.engine import Engine, MissingNeedError, StageError
+from flows.pipeline import Instance, select
+from flows.recipes import ConfigError, load_recipe
+from flows.store import Store, StoreError
+from stages.contracts import STAGE_NAMES
+
+DEFAULT_RECIPE = "miniature"
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_WOULD_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+_EPILOG = """\
+examples:
+  clouds                                       run the default recipe; what is done is skipped
+  clouds plan --recipe camvid                  what would run, and why
+  clouds --stage self_train --round 1          one stage alone (all its legs)
+  clouds --from refine --set refine.points=9   from one stage on, with another setting
+  clouds status                                what is there, what runs, what failed
+  clouds config show --recipe camvid           every setting with its value
+
+Stopping is always safe: Ctrl-C, kill -9, a crash. The same command goes on where it stopped.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 done or up to date, 1 a stage failed, 2 a user's mistake, 3 `plan` found work, 130 Ctrl-C.
+    """
+    arguments = _parser().parse_args(_with_default_verb(sys.argv[1:] if argv is None else argv))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return arguments.do(arguments)
+    except (ConfigError, MissingNeedError, StoreError) as error:
+        console.error(str(error))
+        return EXIT_USAGE
+    except StageError as error:
+        console.stage_failed(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        console.error("stopped. Nothing finished is lost; the same command goes on from here.")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def _with_default_verb(argv: Sequence[str]) -> list[str]:
+    if argv and (argv[0] in _VERBS or argv[0] in {"-h", "--help", "--version"}):
+        return list(argv)
+    return ["run", *argv]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clouds",
+        description="One resumable pipeline from labelled synthetic streets to a segmenter for "
+        "domains without labels.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (does, add_options, do) in _VERBS.items():
+        sub = verbs.add_parser(name, help=does, description=does)
+        add_options(sub)
+        sub.set_defaults(do=do)
+    return parser
+
+
+def _version() -> str:
+    from flows.provenance import facts
+
+    found = facts()
+    revision = f" ({found['git_revision']})" if found["git_revision"] else ""
+    return f"clouds {found['versions'].get('clouds-pipeline', 'source')}{revision}"
+
+
+# Options
+
+
+def _store_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--artifacts",
+        default=os.environ.get("CLOUDS_ARTIFACTS", "artifacts"),
+        metavar="DIR",
+        help="folder of all artifacts (default: $CLOUDS_ARTIFACTS or ./artifacts)",
+    )
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe",
+        default=os.environ.get("CLOUDS_RECIPE", DEFAULT_RECIPE),
+        metavar="NAME|FILE.yaml",
+        help="a shipped recipe or a file (default: $CLOUDS_RECIPE or %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, for example train_source.steps=100 (may be repeated)",
+    )
+
+
+def _selection_options(parser: argparse.ArgumentParser) -> None:
+    stages = ", ".join(STAGE_NAMES)
+    parser.add_argument("--stage", metavar="STAGE", help=f"this stage alone: {stages}")
+    parser.add_argument("--round", type=int, metavar="R", help="with --stage: round (default last)")
+    parser.add_argument("--leg", metavar="LEG", help="only this leg of the recipe")
+    parser.add_argument("--from", dest="from_stage", metavar="STAGE", help="start at this stage")
+    parser.add_argument("--until", dest="until_stage", metavar="STAGE", help="end with this stage")
+    parser.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="run this stage even if it is done (may be repeated)",
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    _store_options(parser)
+    _selection_options(parser)
+    parser.add_argument(
+        "--runner",
+        choices=("auto", "local", "prefect"),
+        default="auto",
+        help="auto: Prefect where PREFECT_API_URL is set, else local",
+    )
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    _store_options(parser)
+    _selection_options(parser)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="KEY", help="a key, its beginning, or an instance's name")
+    _store_options(parser)
+    parser.add_argument("--json", action="store_true", help="the whole manifest")
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    _store_options(parser)
+    parser.add_argument("--full", action="store_true", help="read and digest every byte")
+
+
+def _status_options(parser: argparse.ArgumentParser) -> None:
+    _store_options(parser)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _adopt_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    _store_options(parser)
+    parser.add_argument("stage", metavar="STAGE")
+    parser.add_argument("path", metavar="PATH", nargs="?", help="folder or file made elsewhere")
+    parser.add_argument("--round", type=int, metavar="R")
+    parser.add_argument("--leg", metavar="LEG")
+    parser.add_argument(
+        "--undo", action="store_true", help="make the stage's own output count again"
+    )
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    _store_options(parser)
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("show", "validate", "schema"))
+    _recipe_options(parser)
+
+
+def _no_options(_parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+# Commands
+
+
+def _engine(arguments: argparse.Namespace) -> tuple[Engine, list[Instance]]:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    engine = Engine(
+        recipe=recipe,
+        store=Store(Path(arguments.artifacts)),
+        force=frozenset(arguments.force),
+        command=_typed(arguments),
+    )
+    chosen = select(
+        engine.instances,
+        stage=arguments.stage,
+        round=arguments.round,
+        leg=arguments.leg,
+        from_stage=arguments.from_stage,
+        until_stage=arguments.until_stage,
+    )
+    return engine, chosen
+
+
+def _typed(arguments: argparse.Namespace) -> str:
+    """The command that stands before `--stage` in advice, with this call's recipe and settings."""
+    words = ["python flows/clouds.py", "--recipe", arguments.recipe]
+    for override in arguments.overrides:
+        words += ["--set", f"'{override}'" if " " in override else override]
+    if arguments.artifacts != "artifacts":
+        words += ["--artifacts", arguments.artifacts]
+    return " ".join(words)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    engine, chosen = _engine(arguments)
+    runner, why = _choose_runner(arguments.runner)
+    console.say(f"recipe {engine.recipe.name}, runner {runner} ({why})")
+    if runner == "prefect":
+        from flows.prefect_flow import clouds
+
+        clouds(
+            recipe=arguments.recipe,
+            artifacts=arguments.artifacts,
+            stage=arguments.stage,
+            round=arguments.round,
+            leg=arguments.leg,
+            overrides=arguments.overrides,
+            force=arguments.force,
+            from_stage=arguments.from_stage,
+            until_stage=arguments.until_stage,
+        )
+        return EXIT_OK
+    from flows.runs import run
+    from stages.launch import execute
+
+    logging.getLogger().setLevel(engine.recipe.run.log_level.upper())
+    with console.Console() as listener:
+        record = run(
+            engine,
+            chosen,
+            listener=listener,
+            execute=lambda spec, progress, _lock: execute(spec, progress),
+            overrides=arguments.overrides,
+        )
+    console.run_finished(engine, record)
+    return EXIT_OK
+
+
+def _choose_runner(asked: str) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, "asked for"
+    if os.environ.get("PREFECT_API_URL"):
+        return "prefect", "PREFECT_API_URL is set"
+    return "local", "PREFECT_API_URL is not set"
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    engine, chosen = _engine(arguments)
+    steps = engine.plan(chosen)
+    console.plan(steps, as_json=arguments.json)
+    return EXIT_OK if all(step.action == "skip" for step in steps) else EXIT_WOULD_RUN
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from flows.inspection import status
+
+    console.status(status(Store(Path(arguments.artifacts))), as_json=arguments.json)
+    return EXIT_OK
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from flows.inspection import lineage, locate
+
+    store = Store(Path(arguments.artifacts))
+    folder, manifest = locate(store, arguments.what)
+    console.show(folder, manifest, lineage(store, manifest), as_json=arguments.json)
+    return EXIT_OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from flows.inspection import verify
+
+    return console.verified(verify(Store(Path(arguments.artifacts)), full=arguments.full))
+
+
+def _adopt(arguments: argparse.Namespace) -> int:
+    from flows.adoption import adopt, undo
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    engine = Engine(recipe=recipe, store=Store(Path(arguments.artifacts)))
+    (instance,) = _only_one(
+        select(engine.instances, stage=arguments.stage, round=arguments.round, leg=arguments.leg)
+    )
+    if arguments.undo:
+        console.say(undo(engine, instance))
+    elif arguments.path is None:
+        raise ConfigError("adopt needs a PATH (or --undo).")
+    else:
+        console.say(adopt(engine, instance, Path(arguments.path)))
+    return EXIT_OK
+
+
+def _only_one(found: list[Instance]) -> list[Instance]:
+    if len(found) != 1:
+        names = ", ".join(instance.name for instance in found)
+        raise ConfigError(f"several instances match ({names}): name one with --round and --leg.")
+    return found
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from flows.check import everything
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    engine = Engine(recipe=recipe, store=Store(Path(arguments.artifacts)))
+    return console.checked(everything(engine))
+
+
+def _recipes(_arguments: argparse.Namespace) -> int:
+    from flows.recipes import recipe_files
+
+    console.recipes({name: load_recipe(name) for name in recipe_files()})
+    return EXIT_OK
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    if arguments.what == "schema":
+        from stages.config import Recipe
+
+        console.as_json(Recipe.model_json_schema())
+        return EXIT_OK
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.what == "show":
+        console.as_yaml(recipe.model_dump(mode="json"))
+    else:
+        engine = Engine(recipe=recipe, store=Store(Path("artifacts")))
+        console.say(f"recipe {recipe.name} is valid: {len(engine.instances)} instances.")
+    return EXIT_OK
+
+
+_Options = Callable[[argparse.ArgumentParser], Any]
+_Do = Callable[[argparse.Namespace], int]
+_VERBS: dict[str, tuple[str, _Options, _Do]] = {
+    "run": ("Run a recipe; what is done is skipped (the default command).", _run_options, _run),
+    "plan": ("Say what a run would do, and why. Exit code 3 if anything.", _plan_options, _plan),
+    "status": ("Say what is there, what runs now, what failed.", _status_options, _status),
+    "show": ("Show an artifact, and its lineage up and down.", _show_options, _show),
+    "verify": ("Check artifacts against their manifests.", _verify_options, _verify),
+    "adopt": ("Take something made elsewhere as a stage's output.", _adopt_options, _adopt),
+    "check": ("Look at everything a run needs, without running.", _check_options, _check),
+    "recipes": ("List the shipped recipes.", _no_options, _recipes),
+    "config": ("Show, validate or describe a recipe's settings.", _config_options, _config),
+}
