@@ -227,7 +227,7 @@ def create_timm(name: str, tuning: TuningConfig, **options: Any) -> nn.Module:
     if not timm.is_model(name):
         raise unknown("encoder.name", name, timm.list_models(pretrained=False))
     return timm.create_model(
-        name, pretrained=False, num_classes=0, drop_path_rate=tuning.drop_path, **options
+        name, pretrained=False, num_classes=0, **({"drop_path_rate": tuning.drop_path} | options)
     )
 
 
@@ -235,7 +235,7 @@ def wrap_timm(trunk: nn.Module, config: EncoderConfig, **normalisation: Any) -> 
     """The encoder class for a timm trunk."""
     match type(trunk).__name__:
         case "ConvNeXt":
-            return ConvNextEncoder(trunk, **normalisation)
+            return ConvNextEncoder(trunk, output_norm=config.output_norm, **normalisation)
         case "ResNet":
             return ResNetEncoder(trunk, **normalisation)
         case other:

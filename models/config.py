@@ -42,6 +42,8 @@ class EncoderConfig(Section):
     patch_size: int | None = Field(None, gt=0)
     """Resample the patch embedding of a plain ViT to this patch size in pixels (Rein: DINOv2 14 to
     16); None: as pre-trained."""
+    output_norm: bool = False
+    """A LayerNorm on each of the four outputs of a ConvNeXt (mmpretrain's, Rein's)."""
     checkpointing: bool = False
     """Recompute encoder activations in the backward pass to save memory."""
 

@@ -5,7 +5,7 @@ mmsegmentation and cityscapesScripts and is left out by detectron2 and CLOUDS; a
 a miss for the former and dropped by the latter.
 """
 
-# K classes; confusion matrices are [K + 1, K + 1], row ground truth, column prediction, index K void
+# K classes; confusion matrices are [K + 1, K + 1]: row ground truth, column prediction, K void
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,20 +137,37 @@ def boundary_differences(label_map_HW: torch.Tensor, ratio: float = 0.02) -> tor
 
 
 def boundary_confusion(
-    predictions_BHW: torch.Tensor, labels_BHW: torch.Tensor, num_classes: int
+    predictions_BHW: torch.Tensor,
+    labels_BHW: torch.Tensor,
+    num_classes: int,
+    *,
+    eight_bits: bool = False,
 ) -> torch.Tensor:
-    """Confusion matrix of the boundary differences, [K + 1, K + 1], as detectron2 counts it."""
-    total = 0
+    """Confusion matrix of the boundary differences, [K + 1, K + 1], as detectron2 counts it.
+
+    Args:
+        predictions_BHW: uint8 class ids; values from K on are void.
+        labels_BHW: uint8 class ids of the same shape.
+        num_classes: number of classes K.
+        eight_bits: as released: pairs are numbered in 8 bits, so that with 19 classes
+            everything from prediction 13 on is counted elsewhere.
+    """
+    side = num_classes + 1
+    total = torch.zeros(side * side, dtype=torch.int64, device=labels_BHW.device)
     for prediction, label in zip(predictions_BHW, labels_BHW, strict=True):
-        maps = (boundary_differences(m.clamp(max=num_classes)) for m in (prediction, label))
-        total = total + confusion_matrix(*maps, num_classes)
-    return total
+        columns, rows = (
+            boundary_differences(m.clamp(max=num_classes)).flatten().long()
+            for m in (prediction, label)
+        )
+        # Numbered by prediction first, as there; the result is turned around below.
+        pairs = columns * side + rows
+        total += torch.bincount(pairs % 256 if eight_bits else pairs, minlength=side * side)
+    return total.view(side, side).T
 
 
-def boundary_iou(confusion: torch.Tensor, boundary: torch.Tensor) -> torch.Tensor:
-    """Boundary IoU per class by detectron2's rule, NaN where the class itself does not count."""
-    counted_K = ~iou_scores(confusion, "detectron2").class_iou_K.isnan()
+def boundary_iou(boundary: torch.Tensor) -> torch.Tensor:
+    """IoU per class of a boundary confusion matrix by detectron2's rule; NaN: not there at all."""
     counts = boundary.double().cpu()[:-1, :-1]
     right_K = counts.diagonal()
     union_K = counts.sum(0) + counts.sum(1) - right_K
-    return torch.where(counted_K, right_K / union_K, math.nan)
+    return torch.where(union_K > 0, right_K / union_K, math.nan)

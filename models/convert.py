@@ -1,0 +1,156 @@
+"""Other people's parameter names, translated into ours.
+
+Each table is a list of (pattern, replacement) for whole names; a name that no pattern matches is
+not translated and reported by the caller. Names are facts of the released checkpoints
+(CLOUDS: detectron2; Rein and VLTSeg: mmdetection and mmsegmentation; mmpretrain's ConvNeXt).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+Rules = Sequence[tuple[str, str]]
+
+CLOUDS_DECODER: Rules = [
+    (r"pixel_decoder\.input_proj\.(.+)", r"pixel_decoder.inputs.\1"),
+    (r"pixel_decoder\.transformer\.level_embed", r"pixel_decoder.level_embed"),
+    (
+        r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)",
+        r"pixel_decoder.layers.\1.attention.\2",
+    ),
+    (r"pixel_decoder\.transformer\.encoder\.layers\.(.+)", r"pixel_decoder.layers.\1"),
+    (r"pixel_decoder\.adapter_1\.norm\.(.+)", r"pixel_decoder.lateral.1.\1"),
+    (r"pixel_decoder\.adapter_1\.weight", r"pixel_decoder.lateral.0.weight"),
+    (r"pixel_decoder\.layer_1\.norm\.(.+)", r"pixel_decoder.output.1.\1"),
+    (r"pixel_decoder\.layer_1\.weight", r"pixel_decoder.output.0.weight"),
+    (r"pixel_decoder\.mask_features\.(.+)", r"pixel_decoder.mask_features.\1"),
+    (r"predictor\.static_query\.weight", r"query_decoder.query_feat.weight"),
+    (r"predictor\.(query_feat|query_embed|level_embed)\.weight", r"query_decoder.\1.weight"),
+    (r"predictor\.decoder_norm\.(.+)", r"query_decoder.norm.\1"),
+    (r"predictor\.class_embed\.(.+)", r"query_decoder.classifier.\1"),
+    (r"predictor\.mask_embed\.layers\.0\.(.+)", r"query_decoder.mask_embed.0.\1"),
+    (r"predictor\.mask_embed\.layers\.1\.(.+)", r"query_decoder.mask_embed.2.\1"),
+    (r"predictor\.mask_embed\.layers\.2\.(.+)", r"query_decoder.mask_embed.4.\1"),
+    (
+        r"predictor\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.(.+)",
+        r"query_decoder.layers.\1.cross_attention.\2",
+    ),
+    (
+        r"predictor\.transformer_self_attention_layers\.(\d+)\.self_attn\.(.+)",
+        r"query_decoder.layers.\1.self_attention.\2",
+    ),
+    (
+        r"predictor\.transformer_(cross|self)_attention_layers\.(\d+)\.norm\.(.+)",
+        r"query_decoder.layers.\2.\1_norm.\3",
+    ),
+    (
+        r"predictor\.transformer_ffn_layers\.(\d+)\.norm\.(.+)",
+        r"query_decoder.layers.\1.ffn_norm.\2",
+    ),
+    (r"predictor\.transformer_ffn_layers\.(.+)", r"query_decoder.layers.\1"),
+]
+"""CLOUDS' head (after `sem_seg_head.`) to ours (after `decoder.`)."""
+
+MMDET_DECODER: Rules = [
+    (r"pixel_decoder\.input_convs\.(\d)\.conv\.(.+)", r"pixel_decoder.inputs.\1.0.\2"),
+    (r"pixel_decoder\.input_convs\.(\d)\.gn\.(.+)", r"pixel_decoder.inputs.\1.1.\2"),
+    (r"pixel_decoder\.level_encoding\.weight", r"pixel_decoder.level_embed"),
+    (
+        r"pixel_decoder\.encoder\.layers\.(\d+)\.self_attn\.(.+)",
+        r"pixel_decoder.layers.\1.attention.\2",
+    ),
+    (
+        r"pixel_decoder\.encoder\.layers\.(\d+)\.ffn\.layers\.0\.0\.(.+)",
+        r"pixel_decoder.layers.\1.linear1.\2",
+    ),
+    (
+        r"pixel_decoder\.encoder\.layers\.(\d+)\.ffn\.layers\.1\.(.+)",
+        r"pixel_decoder.layers.\1.linear2.\2",
+    ),
+    (r"pixel_decoder\.encoder\.layers\.(\d+)\.norms\.0\.(.+)", r"pixel_decoder.layers.\1.norm1.\2"),
+    (r"pixel_decoder\.encoder\.layers\.(\d+)\.norms\.1\.(.+)", r"pixel_decoder.layers.\1.norm2.\2"),
+    (r"pixel_decoder\.lateral_convs\.0\.conv\.(.+)", r"pixel_decoder.lateral.0.\1"),
+    (r"pixel_decoder\.lateral_convs\.0\.gn\.(.+)", r"pixel_decoder.lateral.1.\1"),
+    (r"pixel_decoder\.output_convs\.0\.conv\.(.+)", r"pixel_decoder.output.0.\1"),
+    (r"pixel_decoder\.output_convs\.0\.gn\.(.+)", r"pixel_decoder.output.1.\1"),
+    (r"pixel_decoder\.mask_feature\.(.+)", r"pixel_decoder.mask_features.\1"),
+    (
+        r"transformer_decoder\.layers\.(\d+)\.(cross|self)_attn\.attn\.(.+)",
+        r"query_decoder.layers.\1.\2_attention.\3",
+    ),
+    (
+        r"transformer_decoder\.layers\.(\d+)\.ffn\.layers\.0\.0\.(.+)",
+        r"query_decoder.layers.\1.linear1.\2",
+    ),
+    (
+        r"transformer_decoder\.layers\.(\d+)\.ffn\.layers\.1\.(.+)",
+        r"query_decoder.layers.\1.linear2.\2",
+    ),
+    (
+        r"transformer_decoder\.layers\.(\d+)\.norms\.0\.(.+)",
+        r"query_decoder.layers.\1.cross_norm.\2",
+    ),
+    (
+        r"transformer_decoder\.layers\.(\d+)\.norms\.1\.(.+)",
+        r"query_decoder.layers.\1.self_norm.\2",
+    ),
+    (r"transformer_decoder\.layers\.(\d+)\.norms\.2\.(.+)", r"query_decoder.layers.\1.ffn_norm.\2"),
+    (r"transformer_decoder\.post_norm\.(.+)", r"query_decoder.norm.\1"),
+    (r"(query_feat|query_embed|level_embed)\.weight", r"query_decoder.\1.weight"),
+    (r"querys2feat\.(.+)", r"query_decoder.query_from_tokens.\1"),
+    (r"cls_embed\.(.+)", r"query_decoder.classifier.\1"),
+    (r"mask_embed\.(.+)", r"query_decoder.mask_embed.\1"),
+]
+"""mmdetection's Mask2FormerHead and Rein's (after `decode_head.`) to ours (after `decoder.`)."""
+
+REIN_TOKENS: Rules = [
+    (r"learnable_tokens", r"tokens_LTC"),
+    (r"learnable_tokens_a", r"tokens_a_LTR"),
+    (r"learnable_tokens_b", r"tokens_b_LRC"),
+    (r"scale", r"scale"),
+    (r"mlp_token2feat\.(.+)", r"token_to_feature.\1"),
+    (r"mlp_delta_f\.(.+)", r"correction.\1"),
+    (r"transform\.(.+)", r"to_query.\1"),
+    (r"merge\.(.+)", r"merge.\1"),
+]
+"""One of Rein's token modules to our `TokenCorrection`."""
+
+MMPRETRAIN_CONVNEXT: Rules = [
+    (r"downsample_layers\.0\.(.+)", r"trunk.stem.\1"),
+    (r"downsample_layers\.(\d)\.(.+)", r"trunk.stages.\1.downsample.\2"),
+    (r"stages\.(\d)\.(\d+)\.depthwise_conv\.(.+)", r"trunk.stages.\1.blocks.\2.conv_dw.\3"),
+    (r"stages\.(\d)\.(\d+)\.pointwise_conv1\.(.+)", r"trunk.stages.\1.blocks.\2.mlp.fc1.\3"),
+    (r"stages\.(\d)\.(\d+)\.pointwise_conv2\.(.+)", r"trunk.stages.\1.blocks.\2.mlp.fc2.\3"),
+    (r"stages\.(\d)\.(\d+)\.(.+)", r"trunk.stages.\1.blocks.\2.\3"),
+    (r"norm(\d)\.(.+)", r"norms.\1.\2"),
+]
+"""mmpretrain's ConvNeXt to our `ConvNextEncoder` around timm's."""
+
+
+def rename(
+    state: Mapping[str, torch.Tensor], rules: Rules, *, prefix: str = "", new_prefix: str = ""
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Translate the names that begin with `prefix`.
+
+    Args:
+        state: tensors by foreign name.
+        rules: the first pattern that matches a whole name (less the prefix) translates it.
+        prefix: other names are left out of both results.
+        new_prefix: put before the translated names.
+
+    Returns:
+        Tensors by our name, and the foreign names that no rule knows.
+    """
+    found, strange = {}, []
+    for name, value in state.items():
+        if not name.startswith(prefix):
+            continue
+        for pattern, replacement in rules:
+            match = re.fullmatch(pattern, name.removeprefix(prefix))
+            if match:
+                found[new_prefix + match.expand(replacement)] = value
+                break
+        else:
+            strange.append(name)
+    return found, strange

@@ -1,0 +1,128 @@
+"""Language in the decoder: score maps of pixels and class names, and a classifier of text.
+
+Sources: Rao et al., DenseCLIP (CVPR 2022), section 3.3 (context decoder, score map); Hümmer et
+al., VLTSeg (2023); Yu et al., FC-CLIP (NeurIPS 2023), section 3.2 (text classifier).
+"""
+
+# B batch, K classes, S synonyms of all classes, C channels, D width inside, N visual tokens,
+# H W size of a map
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class PlainAttention(nn.Module):
+    """Multi-head attention without biases before and with one after, as in DenseCLIP."""
+
+    def __init__(self, width: int, *, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries_BKD: torch.Tensor, memory_BND: torch.Tensor) -> torch.Tensor:
+        """Attend from queries to a memory; same shape out as the queries."""
+        queries, keys, values = (
+            projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for projection, x in (
+                (self.q_proj, queries_BKD),
+                (self.k_proj, memory_BND),
+                (self.v_proj, memory_BND),
+            )
+        )
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class ContextLayer(nn.Module):
+    """Self-attention of the texts, attention to the picture, feed-forward; pre-norm."""
+
+    def __init__(self, width: int, *, heads: int, dropout: float):
+        super().__init__()
+        self.self_attn = PlainAttention(width, heads=heads)
+        self.cross_attn = PlainAttention(width, heads=heads)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, texts_BKD: torch.Tensor, memory_BND: torch.Tensor) -> torch.Tensor:
+        """One layer; same shape out as the texts."""
+        normed = self.norm1(texts_BKD)
+        texts_BKD = texts_BKD + self.self_attn(normed, normed)
+        texts_BKD = texts_BKD + self.cross_attn(self.norm2(texts_BKD), memory_BND)
+        return texts_BKD + self.dropout(self.mlp(self.norm3(texts_BKD)))
+
+
+class ContextDecoder(nn.Module):
+    """What a picture has to say about the class texts: a correction of their embeddings."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        width: int = 256,
+        heads: int = 4,
+        layers: int = 3,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.memory_proj = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, width), nn.LayerNorm(width)
+        )
+        self.text_proj = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
+        self.decoder = nn.ModuleList(
+            ContextLayer(width, heads=heads, dropout=dropout) for _ in range(layers)
+        )
+        self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
+
+    def forward(self, texts_BKC: torch.Tensor, visual_BNC: torch.Tensor) -> torch.Tensor:
+        """Corrections of the texts, [B, K, C], from the picture's tokens."""
+        memory_BND = self.memory_proj(visual_BNC)
+        texts_BKD = self.text_proj(texts_BKC)
+        for layer in self.decoder:
+            texts_BKD = layer(texts_BKD, memory_BND)
+        return self.out_proj(texts_BKD)
+
+
+def score_map(visual_BCHW: torch.Tensor, texts_BKC: torch.Tensor) -> torch.Tensor:
+    """Cosine similarities of every pixel and every text, [B, K, H, W]."""
+    visual = F.normalize(visual_BCHW, dim=1)
+    texts = F.normalize(texts_BKC, dim=2)
+    return torch.einsum("bchw,bkc->bkhw", visual, texts)
+
+
+class TextClassifier(nn.Module):
+    """Queries against text embeddings: the best synonym of a class counts, void is learned.
+
+    Args:
+        texts_SC: embeddings of all synonyms, one class after another; kept as a buffer.
+        synonyms: number of synonyms of each class.
+        width: channels of the queries.
+    """
+
+    def __init__(self, texts_SC: torch.Tensor, synonyms: Sequence[int], *, width: int):
+        super().__init__()
+        self.synonyms = tuple(synonyms)
+        self.register_buffer("texts_SC", F.normalize(texts_SC, dim=-1))
+        self.project = nn.Linear(width, texts_SC.shape[1])
+        self.void = nn.Parameter(torch.randn(1, texts_SC.shape[1]) * 0.02)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, queries_BQC: torch.Tensor) -> torch.Tensor:
+        """Class logits [B, Q, K + 1]."""
+        projected = F.normalize(self.project(queries_BQC), dim=-1)
+        texts = torch.cat([self.texts_SC, F.normalize(self.void, dim=-1)])
+        scale = self.logit_scale.exp().clamp(max=100)
+        similarities = scale * projected @ texts.T.to(projected.dtype)
+        parts = similarities.split([*self.synonyms, 1], dim=-1)
+        return torch.stack([part.amax(-1) for part in parts], -1)
