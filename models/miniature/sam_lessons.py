@@ -1,0 +1,289 @@
+"""What the miniature SAM learns from: regions of rendered streets, prompts as wrong as a teacher's, losses.
+
+Everything random comes from a `numpy.random.Generator`, so a training step is a function of its number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from segment_anything.modeling import Sam
+
+from models.miniature.materials import IGNORE_ID
+from models.miniature.renderer import Picture
+
+# P prompts of one picture, N points, M mask outputs (0 single, 1..3 multimask), H W picture, G mask grid
+
+PROMPT_TYPES = ("point", "points", "box", "mask", "mask_points")
+
+TYPE_SHARES = (0.14, 0.20, 0.18, 0.32, 0.16)
+"""How often a picture's prompts are of each type in training."""
+
+AREA_MIN_PX = 20
+"""Regions below are fragments, too small to have a shape at this size."""
+
+MASK_LOGIT = 8.0
+"""A mask prompt made from a binary mask holds plus and minus this; training varies it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One picture with the regions to find in it and the prompts that hint at them."""
+
+    image_HW3: np.ndarray
+    """uint8 RGB."""
+    targets_PHW: np.ndarray
+    """bool regions."""
+    hints_PHW: np.ndarray
+    """bool, the noisy masks of which the prompts were made."""
+    kind: str
+    """One of `PROMPT_TYPES`; all prompts of a lesson are of one type."""
+    points_PN2: np.ndarray | None
+    """float32 (x, y) pixels."""
+    point_labels_PN: np.ndarray | None
+    """int64, 1 = foreground."""
+    boxes_P4: np.ndarray | None
+    """float32 (x0, y0, x1, y1) pixels."""
+    masks_PHW: np.ndarray | None
+    """float32 logits."""
+
+
+def regions(picture: Picture) -> np.ndarray:
+    """Distinct regions worth finding, bool [R, H, W]: things, pieces of stuff, components of classes."""
+    labels_HW = picture.labels_HW
+    known_HW = labels_HW != IGNORE_ID
+    by_class = cc3d.connected_components(
+        np.where(known_HW, labels_HW + 1, 0).astype(np.uint8), connectivity=4
+    )
+    by_entity = np.where(known_HW, picture.entities_HW, 0)
+    found, seen = [], set()
+    for numbers_HW in (by_entity, by_class):
+        areas = np.bincount(numbers_HW.ravel())
+        for number in np.flatnonzero(areas >= AREA_MIN_PX):
+            if number == 0:
+                continue
+            region_HW = numbers_HW == number
+            key = region_HW.tobytes()
+            if key not in seen:
+                seen.add(key)
+                found.append(region_HW)
+    if not found:
+        return np.zeros((0, *labels_HW.shape), dtype=bool)
+    return np.stack(found)
+
+
+def make_lesson(
+    picture: Picture, generator: np.random.Generator, *, num_prompts: int, kind: str | None = None
+) -> Lesson | None:
+    """Draw regions and prompts for a picture; None when nothing in it is large enough.
+
+    Args:
+        picture: a rendered street.
+        generator: source of everything random.
+        num_prompts: regions to ask for; repeats when there are fewer.
+        kind: prompt type; drawn by `TYPE_SHARES` when None.
+    """
+    found_RHW = regions(picture)
+    if not len(found_RHW):
+        return None
+    areas = found_RHW.sum(axis=(1, 2)).astype(np.float64)
+    odds = np.sqrt(areas)
+    repeat = len(areas) < num_prompts
+    chosen = generator.choice(len(areas), num_prompts, replace=repeat, p=odds / odds.sum())
+    targets_PHW = found_RHW[chosen]
+    hints_PHW = np.stack([spoil(target, generator) for target in targets_PHW])
+    kind = kind or str(generator.choice(PROMPT_TYPES, p=TYPE_SHARES))
+    points = labels = boxes = masks = None
+    if kind in ("point", "points", "mask_points"):
+        count = 1 if kind == "point" else int(generator.integers(2, 6))
+        clean = generator.random() < 0.5
+        origin_PHW = targets_PHW if clean or kind == "point" else hints_PHW
+        points = np.stack([draw_points(mask, count, generator) for mask in origin_PHW])
+        labels = np.ones(points.shape[:2], dtype=np.int64)
+    if kind == "box":
+        boxes = np.stack([draw_box(mask, generator) for mask in targets_PHW])
+    if kind in ("mask", "mask_points"):
+        strength = float(generator.uniform(3.0, 14.0))
+        masks = np.where(hints_PHW, strength, -strength).astype(np.float32)
+    return Lesson(
+        image_HW3=picture.image_HW3,
+        targets_PHW=targets_PHW,
+        hints_PHW=hints_PHW,
+        kind=kind,
+        points_PN2=points,
+        point_labels_PN=labels,
+        boxes_P4=boxes,
+        masks_PHW=masks,
+    )
+
+
+def spoil(mask_HW: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A mask as a weak teacher would have drawn it: blurred, shifted, with leaks and holes.
+
+    Its IoU with the truth is mostly between 0.35 and 0.8.
+    """
+    height, width = mask_HW.shape
+    side = float(np.sqrt(mask_HW.sum()))
+    for attempt in range(4):
+        calm = 0.65**attempt
+        sigma = float(generator.uniform(0.04, 0.20)) * side * calm + 0.5
+        soft = ndimage.gaussian_filter(mask_HW.astype(np.float32), sigma)
+        shift = generator.normal(0, 0.10 * side * calm, 2)
+        soft = ndimage.shift(soft, shift, order=1, mode="nearest")
+        cells = int(np.clip(side * generator.uniform(0.3, 0.8), 3, 24))
+        shape = (height // cells + 3, width // cells + 3)
+        field = generator.standard_normal(shape).astype(np.float32)
+        field = ndimage.zoom(field, cells, order=1)[:height, :width]
+        strength = float(generator.uniform(0.1, 0.5)) * calm
+        spoiled = soft + strength * field > generator.uniform(0.3, 0.6)
+        near = ndimage.uniform_filter(mask_HW.astype(np.float32), int(2 * (2 + 0.35 * side)) | 1)
+        spoiled &= near > 0.01
+        union = (spoiled | mask_HW).sum()
+        if spoiled.any() and (spoiled & mask_HW).sum() / union > 0.3:
+            return spoiled
+    return mask_HW.copy()
+
+
+def draw_points(mask_HW: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Uniformly random pixels of a mask, float32 [count, 2] as (x, y) of pixel centres."""
+    rows, columns = np.nonzero(mask_HW)
+    picks = generator.integers(0, len(rows), count)
+    return np.stack([columns[picks], rows[picks]], axis=1).astype(np.float32) + 0.5
+
+
+def draw_box(mask_HW: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The mask's box, each side off by a tenth of its length (standard deviation), float32 [4]."""
+    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
+    sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
+    noise = np.clip(generator.normal(0, 0.1, 4), -0.2, 0.2) * sides
+    limits = np.array([mask_HW.shape[1], mask_HW.shape[0]] * 2)
+    return np.clip(box + noise, 0, limits).astype(np.float32)
+
+
+def embed_images(sam: Sam, lessons: list[Lesson]) -> torch.Tensor:
+    """Image embeddings [B, C, g, g] of the lessons' pictures, whose longer side is SAM's size."""
+    pictures = [torch.from_numpy(lesson.image_HW3).permute(2, 0, 1).float() for lesson in lessons]
+    inputs = torch.stack([sam.preprocess(picture) for picture in pictures])
+    return sam.image_encoder(inputs)
+
+
+def mask_grid(masks_PHW: torch.Tensor, size: int, grid: int) -> torch.Tensor:
+    """Mask logits in SAM's input grid, [P, 1, G, G]: padded below and right, then averaged down."""
+    height, width = masks_PHW.shape[-2:]
+    padded = F.pad(masks_PHW[:, None], (0, size - width, 0, size - height), value=-MASK_LOGIT)
+    return F.interpolate(padded, (grid, grid), mode="area")
+
+
+def decode(
+    sam: Sam,
+    embedding: torch.Tensor,
+    lesson: Lesson,
+    *,
+    extra: tuple[torch.Tensor, torch.Tensor] | None = None,
+    masks_PGG: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All four mask outputs for a lesson's prompts.
+
+    Args:
+        sam: the network.
+        embedding: [1, C, g, g].
+        lesson: the prompts.
+        extra: more points [P, N, 2] with labels [P, N], for a second round.
+        masks_PGG: mask prompt [P, 1, G, G] of a second round, instead of the lesson's.
+
+    Returns:
+        Mask logits at the picture's size [P, 4, H, W], in the mask grid [P, 4, G, G], and
+        predicted IoU [P, 4].
+    """
+    grid = sam.prompt_encoder.mask_input_size[0]
+    size = sam.image_encoder.img_size
+    points = None
+    if lesson.points_PN2 is not None:
+        points = torch.from_numpy(lesson.points_PN2), torch.from_numpy(lesson.point_labels_PN)
+    if extra is not None:
+        points = (
+            extra
+            if points is None
+            else (torch.cat([points[0], extra[0]], 1), torch.cat([points[1], extra[1]], 1))
+        )
+    boxes = None if lesson.boxes_P4 is None else torch.from_numpy(lesson.boxes_P4)
+    if masks_PGG is None and lesson.masks_PHW is not None:
+        masks_PGG = mask_grid(torch.from_numpy(lesson.masks_PHW), size, grid)
+    sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks_PGG)
+    low_PMGG, iou_PM = sam.mask_decoder.predict_masks(
+        image_embeddings=embedding,
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+    )
+    height, width = lesson.targets_PHW.shape[-2:]
+    low_PMGG = low_PMGG.float()
+    full = F.interpolate(low_PMGG, (size, size), mode="bilinear", align_corners=False)
+    return full[..., :height, :width], low_PMGG, iou_PM.float()
+
+
+def iou(masks_PMHW: torch.Tensor, targets_P1HW: torch.Tensor) -> torch.Tensor:
+    """IoU of bool masks with bool targets, [P, M]."""
+    inter = (masks_PMHW & targets_P1HW).sum((-2, -1)).float()
+    return inter / (masks_PMHW | targets_P1HW).sum((-2, -1)).clamp_min(1).float()
+
+
+def mask_losses(logits_PMHW: torch.Tensor, targets_PHW: torch.Tensor) -> torch.Tensor:
+    """20 x focal + dice per mask output, [P, M] (Kirillov et al., Segment Anything, section A).
+
+    The focal term counts pixels at the region's boundary three times: at 64x128 that is where
+    masks differ.
+    """
+    target = targets_PHW[:, None].float().expand_as(logits_PMHW)
+    hit = torch.sigmoid(logits_PMHW)
+    cross = F.binary_cross_entropy_with_logits(logits_PMHW, target, reduction="none")
+    missed = (hit + target - 2 * hit * target) ** 2
+    smooth = F.avg_pool2d(targets_PHW[:, None].float(), 3, 1, 1)
+    weight = 1 + 2 * ((smooth > 0.01) & (smooth < 0.99)).float()
+    focal = (cross * missed * weight).mean((-2, -1))
+    overlap = (hit * target).sum((-2, -1))
+    dice = 1 - (2 * overlap + 1) / (hit.sum((-2, -1)) + target.sum((-2, -1)) + 1)
+    return 20 * focal + dice
+
+
+def lesson_loss(
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    targets_PHW: torch.Tensor,
+    *,
+    ambiguous: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of one decoding, and the IoU [P] of the masks one would keep.
+
+    The best of the three multimask outputs learns; the single output learns unless the prompt is
+    ambiguous (one point).
+    """
+    logits_PMHW, _, predicted_PM = outputs
+    losses_PM = mask_losses(logits_PMHW, targets_PHW)
+    actual_PM = iou(logits_PMHW.detach() > 0, targets_PHW[:, None])
+    total = losses_PM[:, 1:].min(1).values.mean()
+    if not ambiguous:
+        total = total + losses_PM[:, 0].mean()
+    total = total + F.mse_loss(predicted_PM, actual_PM)
+    best = predicted_PM[:, 1:].argmax(1) + 1
+    kept = best if ambiguous else torch.zeros_like(best)
+    return total, actual_PM.gather(1, kept[:, None])[:, 0]
+
+
+def correct(
+    masks_PHW: torch.Tensor, targets_PHW: torch.Tensor, generator: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One point per mask inside its error, as a user would click: points [P, 1, 2], labels [P, 1]."""
+    points, labels = [], []
+    for mask, target in zip(masks_PHW.numpy(), targets_PHW.numpy(), strict=True):
+        wrong = mask != target
+        spot = draw_points(wrong if wrong.any() else target, 1, generator)
+        points.append(spot)
+        column, row = spot[0].astype(int)
+        labels.append([int(target[row, column])])
+    return torch.from_numpy(np.stack(points)), torch.tensor(labels)

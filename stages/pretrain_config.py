@@ -1,0 +1,64 @@
+"""Configuration of the miniature's pre-trainings. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.config import NOT_IN_KEY, Section
+
+
+class PretrainSection(Section):
+    """What every pre-training is told."""
+
+    steps: int = Field(gt=0)
+    """Updates."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, pictures and prompts."""
+    lr: float = Field(gt=0)
+    """Learning rate of AdamW after the warm-up."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Weight decay of matrices and kernels."""
+    warmup_steps: int = Field(200, ge=0)
+    """Linear warm-up."""
+    decay_share: float = Field(0.4, gt=0, le=1)
+    """Last share of the steps, over which the learning rate falls linearly to nought."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    ema_decay: float = Field(0.998, ge=0, lt=1)
+    """Average of the weights that is shipped."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast of the forward pass."""
+    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(250, gt=0)
+    """Steps between resumable checkpoints."""
+    log_every: Annotated[int, NOT_IN_KEY] = Field(25, gt=0)
+    """Steps between lines of `logs/metrics.jsonl`."""
+
+
+class PretrainSamConfig(PretrainSection):
+    """Train the miniature SAM on rendered web pictures."""
+
+    steps: int = Field(12_000, gt=0)
+    """Updates."""
+    lr: float = Field(8e-4, gt=0)
+    """Learning rate of AdamW after the warm-up."""
+    batch_size: int = Field(8, gt=0)
+    """Pictures per update."""
+    num_prompts: int = Field(8, gt=0)
+    """Regions asked for per picture."""
+    second_round: float = Field(0.5, ge=0, le=1)
+    """Share of the updates with a second decoding from the first one's mask and one more point."""
+
+
+class PretrainClipConfig(PretrainSection):
+    """Train the miniature CLIP on rendered web pictures with captions."""
+
+    steps: int = Field(8_000, gt=0)
+    """Updates."""
+    lr: float = Field(1.5e-3, gt=0)
+    """Learning rate of AdamW after the warm-up."""
+    batch_size: int = Field(24, gt=0)
+    """Pictures per update; each gives crops, and a whole view for the words."""
+    crops_per_picture: int = Field(3, gt=0)
+    """Crops with captions per picture, for the contrastive loss."""
+    word_weight: float = Field(1.0, ge=0)
+    """Weight of the words-match-patches loss."""

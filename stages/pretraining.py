@@ -1,0 +1,126 @@
+"""The loop by which the miniature's networks are trained: step, log, save; resumable after any kill.
+
+Everything random of a step is a function of (seed, step), so weights, their average, the optimiser and the
+step's number are all there is to save.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.contracts import Progress
+from stages.pretrain_config import PretrainSection
+from stages.training import Checkpoints, Metrics, TrainingError
+
+StepLosses = Callable[[int], Mapping[str, torch.Tensor]]
+"""`losses(step)`: scalars by name; "total" is minimised, the others are logged."""
+
+
+def pretrain(
+    network: nn.Module,
+    losses: StepLosses,
+    config: PretrainSection,
+    *,
+    out: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Train to `config.steps`, from the newest checkpoint in `out/state` where there is one.
+
+    The network holds the averaged weights afterwards; CPU seconds and the last metrics are returned.
+
+    Raises:
+        TrainingError: a loss or the gradient is not finite; the update is not made.
+    """
+    optimizer = torch.optim.AdamW(_groups(network, config), lr=config.lr, betas=(0.9, 0.98))
+    average = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    checkpoints, metrics = Checkpoints(out / "state"), Metrics(out / "logs" / "metrics.jsonl")
+
+    # 1. Go on where an interrupted attempt left off.
+    first, spent_s = 0, 0.0
+    found = checkpoints.newest(progress.note)
+    if found is not None:
+        first, state = found
+        network.load_state_dict(state["network"])
+        average = state["average"]
+        optimizer.load_state_dict(state["optimizer"])
+        spent_s = state["cpu_s"]
+    metrics.cut(first)
+    progress.start(config.steps, "steps", done=first)
+
+    # 2. Step by step.
+    started_s = process_time()
+    sums: dict[str, float] = {}
+    row: dict[str, float] = {}
+    for step in range(first, config.steps):
+        values = _update(network, optimizer, losses, config, step)
+        _follow(average, network, min(config.ema_decay, (1 + step) / (10 + step)))
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+        cpu_s = spent_s + process_time() - started_s
+        if (step + 1) % config.log_every == 0:
+            row = {name: value / config.log_every for name, value in sums.items()}
+            metrics.write({"step": step + 1, **row, "cpu_s": cpu_s})
+            sums = {}
+        progress.advance(1, loss=values["total"])
+        if (step + 1) % config.checkpoint_every == 0:
+            state = {"network": network.state_dict(), "average": average, "cpu_s": cpu_s}
+            checkpoints.save(step + 1, state | {"optimizer": optimizer.state_dict()})
+
+    # 3. What is shipped is the average.
+    network.load_state_dict(average)
+    return {**row, "cpu_s": spent_s + process_time() - started_s}
+
+
+def learning_rate_factor(config: PretrainSection, step: int) -> float:
+    """Warm-up, plateau, and a linear fall to nought over the last `decay_share` of the steps."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = (config.steps - step) / (config.decay_share * config.steps)
+    return warm * min(1.0, left)
+
+
+def _groups(network: nn.Module, config: PretrainSection) -> list[dict[str, Any]]:
+    matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _update(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: StepLosses,
+    config: PretrainSection,
+    step: int,
+) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * learning_rate_factor(config, step)
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    optimizer.zero_grad(set_to_none=True)
+    found = losses(step)
+    found["total"].backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+    values = {name: float(value) for name, value in found.items()}
+    if not all(map(math.isfinite, [*values.values(), float(norm)])):
+        told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise TrainingError(
+            f"update {step + 1} of {config.steps} was not made, its numbers are not finite: {told}; "
+            f"gradient norm {float(norm):g}. Lower the learning rate."
+        )
+    optimizer.step()
+    return values
+
+
+@torch.no_grad()
+def _follow(average: dict[str, torch.Tensor], network: nn.Module, decay: float) -> None:
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - decay)
+        else:
+            average[name].copy_(value)
