@@ -15,8 +15,8 @@ from flows.pipeline import Instance
 from flows.recipes import ConfigError
 from flows.store import Store
 from models.config import weights_path
-from stages.contracts import dataset_root, labelspace_file
-from stages.layouts import samples
+from stages.contracts import labelspace_file
+from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs
 
 MIN_FREE_BYTES = 200 * 2**20
 _NOT_WEIGHTS = {"bank", "random"}
@@ -74,14 +74,14 @@ def _data(recipe: Any) -> Iterator[Finding]:
         yield Finding(what="data.labels", state="error", text=text)
     for group in ("sources", "targets", "validation", "unlabelled"):
         for number, dataset in enumerate(getattr(recipe.data, group)):
-            root = dataset_root(recipe, dataset)
-            if root is not None:
-                yield _dataset(f"data.{group}.{number} ({dataset.name})", dataset, root)
+            if not dataset.root.startswith(WORLD_PREFIX):
+                what = f"data.{group}.{number} ({dataset.name})"
+                yield _dataset(what, dataset, dataset_root(dataset, recipe.data.root), group)
 
 
-def _dataset(what: str, dataset: Any, root: Path) -> Finding:
+def _dataset(what: str, dataset: Any, root: Path, group: str) -> Finding:
     try:
-        found = samples(dataset, root)
+        found = list_pairs(dataset, root, role=group, labelled=group != "unlabelled").pairs
     except (FileNotFoundError, ValueError) as error:
         return Finding(what=what, state="error", text=str(error))
     return Finding(what=what, state="ok", text=f"{len(found)} samples below {root}")

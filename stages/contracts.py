@@ -52,7 +52,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from stages.layouts import watched
+from stages.layouts import WORLD_PREFIX, dataset_root, watched
 
 VOLATILE = ("logs/", "roots.json")
 """Outputs under these folders, or with these file names, do not count in an artifact's digest."""
@@ -173,7 +173,7 @@ def _all_datasets(recipe: Any) -> list[Any]:
 
 def uses_world(recipe: Any, _round: int = 0) -> bool:
     """Whether any data set of the recipe lies in the rendered miniature world."""
-    return any(dataset.root.startswith("@render_world") for dataset in _all_datasets(recipe))
+    return any(dataset.root.startswith(WORLD_PREFIX) for dataset in _all_datasets(recipe))
 
 
 def labelspace_file(name: str) -> Path:
@@ -182,21 +182,14 @@ def labelspace_file(name: str) -> Path:
     return shipped if shipped.is_file() else Path(name)
 
 
-def dataset_root(recipe: Any, dataset: Any) -> Path | None:
-    """Absolute folder of a data set, or None if it lies in the rendered world."""
-    if dataset.root.startswith("@"):
-        return None
-    return (Path(recipe.data.root).expanduser() / Path(dataset.root).expanduser()).absolute()
-
-
 def _data_externals(recipe: Any) -> dict[str, External]:
     labels = labelspace_file(recipe.data.labels)
     found = {"labels": External(base=labels.parent, paths=(labels,))}
     for dataset in _all_datasets(recipe):
-        root = dataset_root(recipe, dataset)
-        if root is not None:
+        if not dataset.root.startswith(WORLD_PREFIX):
+            root = dataset_root(dataset, recipe.data.root).absolute()
             folders = tuple(watched(dataset, root))
-            found[f"{dataset.name}"] = External(base=root, paths=folders, by="listing")
+            found[dataset.name] = External(base=root, paths=folders, by="listing")
     return found
 
 
