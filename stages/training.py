@@ -148,15 +148,18 @@ class Trainer:
         self.checkpoints = Checkpoints(out / "state")
         self.metrics = Metrics(out / "logs" / "metrics.jsonl")
 
-    def run(self, progress: Progress) -> None:
+    def run(self, progress: Progress) -> dict[str, float]:
         """Train up to `steps`; model and ema hold the result.
+
+        Returns:
+            The numbers of the last update: "loss", each loss, "grad_norm", "lr".
 
         Raises:
             TrainingError: a loss or the gradient is not finite; the update is not made.
             ValueError: the checkpoint in `state/` is of another model.
         """
         first = self._resume(progress)
-        started = perf_counter()
+        started, values = perf_counter(), {}
         progress.start(self.steps, "steps", done=first)
         for step in range(first, self.steps):
             values = self._update(step)
@@ -168,6 +171,7 @@ class Trainer:
             if self.share.rank == 0 and done % self.checkpoint_every == 0 and done < self.steps:
                 self.checkpoints.save(done, self._state())
         self.accelerator.wait_for_everyone()
+        return values
 
     def _update(self, step: int) -> dict[str, float]:
         # 1. Everything random of this update follows from its number.
