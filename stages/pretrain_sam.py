@@ -79,8 +79,9 @@ def _losses(sam: Sam, config: PretrainSamConfig, step: int) -> dict[str, torch.T
             single = lesson.kind == "point"
             loss, kept = sam_lessons.lesson_loss(outputs, targets, ambiguous=single)
             if again:
-                full, low, _ = outputs
-                extra = sam_lessons.correct(full[:, 0].detach() > 0, targets, generator)
+                filled, low, _ = outputs
+                drawn = sam_lessons.enlarge(filled[:, :1].detach(), targets)[:, 0] > 0
+                extra = sam_lessons.correct(drawn, targets, generator)
                 outputs = sam_lessons.decode(
                     sam, embedding, lesson, extra=extra, masks_PGG=low[:, :1].detach()
                 )

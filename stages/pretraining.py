@@ -106,7 +106,7 @@ def _update(
     found = losses(step)
     found["total"].backward()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
-    values = {name: float(value) for name, value in found.items()}
+    values = {name: float(value.detach()) for name, value in found.items()}
     if not all(map(math.isfinite, [*values.values(), float(norm)])):
         told = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise TrainingError(

@@ -79,7 +79,11 @@ def draw_vehicle(
 
 def _draw_shadow(canvas: Canvas, x: float, z: float, width: float, length: float) -> None:
     shadow = canvas.part(
-        m.ROAD, (0.07, 0.07, 0.08), entity=canvas.road_entity, texture=surface.ASPHALT, face=surface.GROUND
+        m.ROAD,
+        (0.07, 0.07, 0.08),
+        entity=canvas.road_entity,
+        texture=surface.ASPHALT,
+        face=surface.GROUND,
     )
     half = width / 2 + 0.1
     canvas.world_polygon(
@@ -217,9 +221,7 @@ def _draw_screen(
     )
 
 
-def draw_crossing_car(
-    canvas: Canvas, rng: random.Random, palette: str, x: float, z: float
-) -> str:
+def draw_crossing_car(canvas: Canvas, rng: random.Random, palette: str, x: float, z: float) -> str:
     """A car seen from its side, crossing the road. Returns its colour's word."""
     length, _, height = (rng.uniform(*bounds) for bounds in KINDS[m.CAR])
     word, paint = palettes.car_paint(rng, palette)
@@ -229,7 +231,8 @@ def draw_crossing_car(
         profile = tuple((1 - u, v) for u, v in profile)
     shadow = canvas.part(m.ROAD, (0.07, 0.07, 0.08), entity=canvas.road_entity, face=surface.GROUND)
     canvas.world_polygon(
-        ((x, 0, z + 1.8), (x + length, 0, z + 1.8), (x + length, 0, z - 0.1), (x, 0, z - 0.1)), shadow
+        ((x, 0, z + 1.8), (x + length, 0, z + 1.8), (x + length, 0, z - 0.1), (x, 0, z - 0.1)),
+        shadow,
     )
     body = canvas.part(m.CAR, paint, entity=entity, z=z)
     canvas.world_polygon([(x + u * length, v * height, z) for u, v in profile], body)
@@ -241,7 +244,9 @@ def draw_crossing_car(
     tyre = canvas.part(m.CAR, TYRE, entity=entity, z=z)
     scale = canvas.camera.focal_px / z
     for u in (0.2, 0.8):
-        canvas.ellipse(canvas.camera.project(x + u * length, 0.33, z), 0.34 * scale, 0.34 * scale, tyre)
+        canvas.ellipse(
+            canvas.camera.project(x + u * length, 0.33, z), 0.34 * scale, 0.34 * scale, tyre
+        )
     return word
 
 
@@ -322,7 +327,8 @@ def draw_two_wheeler(
             canvas.line(start, end, max(1.2, thick), frame)
         if motor:
             canvas.world_polygon(
-                ((x - 0.45, 0.4, z), (x - 0.5, 0.8, z), (x + 0.4, 0.95, z), (x + 0.3, 0.35, z)), frame
+                ((x - 0.45, 0.4, z), (x - 0.5, 0.8, z), (x + 0.4, 0.95, z), (x + 0.3, 0.35, z)),
+                frame,
             )
     else:
         canvas.line(project(x, 0, z), project(x, 2 * radius, z), max(1.5, 1.4 * thick), tyre)

@@ -328,8 +328,10 @@ def _light(
     light = light + ambient
     lit = light[:, None] * np.asarray(tone, dtype=np.float32)
     if conditions.is_dark:
-        lit += _lamp_light(canvas, seen)[:, None] * np.array([1.0, 0.85, 0.6], dtype=np.float32) * (
-            0.5 if conditions.time == "dusk" else 0.9
+        lit += (
+            _lamp_light(canvas, seen)[:, None]
+            * np.array([1.0, 0.85, 0.6], dtype=np.float32)
+            * (0.5 if conditions.time == "dusk" else 0.9)
         )
     return lit.astype(np.float32)
 

@@ -1,7 +1,7 @@
 """Render a picture of the miniature world: pixels, labels, instances, caption; same seed, same bytes.
 
-    from models.miniature.renderer import render
-    picture = render("web", seed=7)
+from models.miniature.renderer import render
+picture = render("web", seed=7)
 """
 
 from __future__ import annotations

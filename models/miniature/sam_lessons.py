@@ -168,7 +168,7 @@ def draw_box(mask_HW: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 def embed_images(sam: Sam, lessons: list[Lesson]) -> torch.Tensor:
     """Image embeddings [B, C, g, g] of the lessons' pictures, whose longer side is SAM's size."""
-    pictures = [torch.from_numpy(lesson.image_HW3).permute(2, 0, 1).float() for lesson in lessons]
+    pictures = [torch.tensor(lesson.image_HW3).permute(2, 0, 1).float() for lesson in lessons]
     inputs = torch.stack([sam.preprocess(picture) for picture in pictures])
     return sam.image_encoder(inputs)
 
@@ -198,8 +198,8 @@ def decode(
         masks_PGG: mask prompt [P, 1, G, G] of a second round, instead of the lesson's.
 
     Returns:
-        Mask logits at the picture's size [P, 4, H, W], in the mask grid [P, 4, G, G], and
-        predicted IoU [P, 4].
+        Mask logits [P, 4, h, w] in the part of SAM's mask grid that the picture fills, the same
+        in the whole grid [P, 4, G, G], and predicted IoU [P, 4].
     """
     grid = sam.prompt_encoder.mask_input_size[0]
     size = sam.image_encoder.img_size
@@ -224,8 +224,14 @@ def decode(
     )
     height, width = lesson.targets_PHW.shape[-2:]
     low_PMGG = low_PMGG.float()
-    full = F.interpolate(low_PMGG, (size, size), mode="bilinear", align_corners=False)
-    return full[..., :height, :width], low_PMGG, iou_PM.float()
+    filled_PMhw = low_PMGG[..., : height * grid // size, : width * grid // size]
+    return filled_PMhw, low_PMGG, iou_PM.float()
+
+
+def enlarge(logits_PMhw: torch.Tensor, targets_PHW: torch.Tensor) -> torch.Tensor:
+    """Mask logits at the picture's size, bilinearly, [P, M, H, W]."""
+    size = tuple(targets_PHW.shape[-2:])
+    return F.interpolate(logits_PMhw, size, mode="bilinear", align_corners=False)
 
 
 def iou(masks_PMHW: torch.Tensor, targets_P1HW: torch.Tensor) -> torch.Tensor:
@@ -263,16 +269,18 @@ def lesson_loss(
     The best of the three multimask outputs learns; the single output learns unless the prompt is
     ambiguous (one point).
     """
-    logits_PMHW, _, predicted_PM = outputs
-    losses_PM = mask_losses(logits_PMHW, targets_PHW)
-    actual_PM = iou(logits_PMHW.detach() > 0, targets_PHW[:, None])
-    total = losses_PM[:, 1:].min(1).values.mean()
+    logits_PMhw, _, predicted_PM = outputs
+    with torch.no_grad():
+        actual_PM = iou(enlarge(logits_PMhw, targets_PHW) > 0, targets_PHW[:, None])
+    best_P = actual_PM[:, 1:].argmax(1) + 1
+    rows_P = torch.arange(len(best_P))
+    learners = [logits_PMhw[rows_P, best_P]]
     if not ambiguous:
-        total = total + losses_PM[:, 0].mean()
-    total = total + F.mse_loss(predicted_PM, actual_PM)
-    best = predicted_PM[:, 1:].argmax(1) + 1
-    kept = best if ambiguous else torch.zeros_like(best)
-    return total, actual_PM.gather(1, kept[:, None])[:, 0]
+        learners.append(logits_PMhw[:, 0])
+    losses = mask_losses(enlarge(torch.stack(learners, 1), targets_PHW), targets_PHW)
+    total = losses.mean(0).sum() + F.mse_loss(predicted_PM, actual_PM)
+    chosen_P = predicted_PM[:, 1:].argmax(1) + 1 if ambiguous else torch.zeros_like(best_P)
+    return total, actual_PM[rows_P, chosen_P]
 
 
 def correct(

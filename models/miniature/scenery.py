@@ -43,7 +43,9 @@ class Layout:
 
 def draw_layout(rng: random.Random, kind: str, palette: str, season: str, clutter: float) -> Layout:
     """Draw the cross-section for a kind of street."""
-    lanes = {"highway": (3, 5), "city": (2, 4), "square": (2, 3), "suburb": (2, 2)}.get(kind, (1, 2))
+    lanes = {"highway": (3, 5), "city": (2, 4), "square": (2, 3), "suburb": (2, 2)}.get(
+        kind, (1, 2)
+    )
     num_lanes = rng.randint(*lanes)
     road_half = num_lanes * rng.uniform(2.7, 3.6) / 2 + rng.choice((0.0, 0.0, 2.2))
 
@@ -54,7 +56,12 @@ def draw_layout(rng: random.Random, kind: str, palette: str, season: str, clutte
         return rng.uniform(*wide[kind])
 
     def verge() -> float:
-        wide = {"suburb": (0.5, 7.0), "park": (3.0, 14.0), "highway": (2.0, 9.0), "country": (6, 25)}
+        wide = {
+            "suburb": (0.5, 7.0),
+            "park": (3.0, 14.0),
+            "highway": (2.0, 9.0),
+            "country": (6, 25),
+        }
         if kind not in wide:
             return rng.choice((0.0, 0.0, 0.0, 1.5))
         return rng.uniform(*wide[kind])
@@ -80,9 +87,7 @@ def draw_ground(canvas: Canvas, rng: random.Random, layout: Layout) -> None:
     if layout.kind in ("city", "square") and layout.palette != "engine" and rng.random() < 0.6:
         base, colour = m.SIDEWALK, palettes.pavement(rng, layout.palette)
     texture = surface.GRASS if base == m.TERRAIN else surface.CONCRETE
-    ground = canvas.part(
-        base, colour, entity=canvas.entity(), texture=texture, face=surface.GROUND
-    )
+    ground = canvas.part(base, colour, entity=canvas.entity(), texture=texture, face=surface.GROUND)
     camera = canvas.camera
     reach, low = 2.0 * camera.width_px, 4.0 * camera.height_px
     far = camera.focal_px * camera.eye_m / 320
@@ -238,7 +243,9 @@ def draw_sides(canvas: Canvas, rng: random.Random, layout: Layout) -> None:
                 draw_wood(canvas, rng, layout, side, z0, z1)
 
 
-def _plan_side(rng: random.Random, layout: Layout, side: int) -> list[tuple[int, float, float, str]]:
+def _plan_side(
+    rng: random.Random, layout: Layout, side: int
+) -> list[tuple[int, float, float, str]]:
     weights = {
         "city": {"block": 8, "wall": 0.5, "fence": 0.5, "wood": 0.8, "open": 0.4},
         "square": {"block": 5, "wood": 1.5, "open": 1.5, "fence": 0.6, "wall": 0.4},
@@ -254,7 +261,9 @@ def _plan_side(rng: random.Random, layout: Layout, side: int) -> list[tuple[int,
         kind = rng.choices(names, odds)[0]
         low, high = {"block": (9, 24), "house": (8, 14), "open": (5, 18)}.get(kind, (8, 22))
         length = rng.uniform(low, high)
-        crosses = layout.crossing_m and z < layout.crossing_m + 11 and z + length > layout.crossing_m
+        crosses = (
+            layout.crossing_m and z < layout.crossing_m + 11 and z + length > layout.crossing_m
+        )
         if crosses:
             length = layout.crossing_m - z - 1
             if length > 5:
@@ -346,7 +355,11 @@ def _draw_roof(
 ) -> None:
     tiles = palettes.pick(rng, ((0.0, 0.08), (0.2, 0.6), (0.2, 0.5)))
     roof = canvas.part(
-        m.BUILDING, tiles, entity=entity, plane=canvas.wall_plane((x, z0), (x, z1)), face=surface.TOP
+        m.BUILDING,
+        tiles,
+        entity=entity,
+        plane=canvas.wall_plane((x, z0), (x, z1)),
+        face=surface.TOP,
     )
     ridge_x, ridge_y = x + depth / 2, height + abs(depth) * 0.3
     eave = (x - 0.4 * (1 if depth > 0 else -1), height - 0.2)
@@ -499,7 +512,9 @@ def draw_lamp(canvas: Canvas, rng: random.Random, layout: Layout, x: float, z: f
     scale = camera.focal_px / z
     grey = 0.35 if layout.palette == "engine" else rng.uniform(0.15, 0.65)
     height = rng.uniform(4.5, 8.5)
-    pole = canvas.part(m.POLE, (grey, grey, grey), entity=canvas.entity(), z=z, texture=surface.METAL)
+    pole = canvas.part(
+        m.POLE, (grey, grey, grey), entity=canvas.entity(), z=z, texture=surface.METAL
+    )
     top = camera.project(x, height, z)
     canvas.line(camera.project(x, 0, z), top, max(1.6, rng.uniform(0.14, 0.26) * scale), pole)
     arm = camera.project(x - (1.6 if x > 0 else -1.6), height + 0.2, z)
@@ -537,9 +552,7 @@ def draw_sign(canvas: Canvas, rng: random.Random, x: float, z: float) -> None:
     scale = camera.focal_px / z
     pole = canvas.part(m.POLE, (0.5, 0.5, 0.5), entity=canvas.entity(), z=z, texture=surface.METAL)
     height = rng.uniform(2.0, 3.4)
-    canvas.line(
-        camera.project(x, 0, z), camera.project(x, height, z), max(1.3, 0.12 * scale), pole
-    )
+    canvas.line(camera.project(x, 0, z), camera.project(x, height, z), max(1.3, 0.12 * scale), pole)
     entity, radius = canvas.entity(), rng.uniform(0.35, 0.65)
     rim, inner = rng.choice(
         (

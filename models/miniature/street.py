@@ -78,9 +78,7 @@ def _place_traffic(
 
     def vehicle(label: int, x: float, z: float, oncoming: bool) -> None:
         def draw() -> None:
-            words.append(
-                actors.draw_vehicle(canvas, rng, label, palette, x, z, oncoming=oncoming)
-            )
+            words.append(actors.draw_vehicle(canvas, rng, label, palette, x, z, oncoming=oncoming))
 
         placed.append((z, draw))
 
