@@ -1,0 +1,250 @@
+"""The artifacts behind a report: instances, their manifests, who came from whom, and the picture of
+the pipeline as a grid of boxes and lines.
+
+A manifest may lack fields (an adopted artifact, an older version): what is there is shown.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.contracts import CONTRACTS, STAGE_NAMES
+
+_NAME = re.compile(r"^(?P<stage>[a-z_]+)(?:@(?P<round>\d+))?(?:#(?P<leg>\w+))?$")
+_DOES = {contract.name: contract.does for contract in CONTRACTS}
+
+State = Literal["ran", "cached", "shared", "unknown"]
+"""shared: another leg's artifact serves here as well."""
+
+BOX_WIDTH, BOX_HEIGHT = 158, 64
+_GAP_X, _GAP_Y, _LANE_GAP, _MARGIN, _LANE_TITLE = 34, 14, 34, 10, 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One artifact: a stage in a round and leg, its folder and what its manifest tells."""
+
+    name: str
+    """`stage[@round][#leg]`."""
+    stage: str
+    round: int | None
+    leg: str | None
+    folder: Path
+    manifest: Mapping[str, Any]
+    """Empty where the artifact has none."""
+
+    @property
+    def anchor(self) -> str:
+        """A fragment id for links inside the page."""
+        return "made-" + re.sub(r"\W", "-", self.name)
+
+    @property
+    def does(self) -> str:
+        """What the stage does, in one sentence."""
+        return _DOES.get(self.stage, "")
+
+    @property
+    def key(self) -> str:
+        """The store's key, or the folder's name where the manifest has none."""
+        return str(self.manifest.get("key") or self.folder.name)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the stage took when it ran, in seconds."""
+        value = self.manifest.get("seconds")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the instances this one was made from, sorted."""
+        given = self.manifest.get("inputs") or {}
+        made_by = {one.get("instance") for one in given.values() if isinstance(one, Mapping)}
+        return tuple(sorted(str(name) for name in made_by if name))
+
+    def made_from(self, role: str) -> str | None:
+        """Name of the instance that came in under `role`, or None."""
+        given = (self.manifest.get("inputs") or {}).get(role)
+        return given.get("instance") if isinstance(given, Mapping) else None
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of the config the artifact was made with; empty where it is not recorded."""
+        config = self.manifest.get("config") or {}
+        section = config.get(name) if isinstance(config, Mapping) else None
+        return section if isinstance(section, Mapping) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """One instance in the picture of the pipeline; sizes in SVG units."""
+
+    instance: Instance
+    x: int
+    y: int
+    state: State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """The picture of the pipeline."""
+
+    width: int
+    height: int
+    boxes: tuple[Box, ...]
+    lines: tuple[str, ...]
+    """SVG path data of the connections."""
+    lanes: tuple[tuple[str, int], ...]
+    """Title and height of the baseline of each lane."""
+
+
+@dataclass
+class _Grid:
+    """Column and row of every instance of one lane."""
+
+    column: dict[str, int] = field(default_factory=dict)
+    row: dict[str, int] = field(default_factory=dict)
+
+
+def read_instances(artifacts: Mapping[str, Path]) -> dict[str, Instance]:
+    """The instances by name, in the order of the pipeline.
+
+    Raises:
+        ValueError: a name is not `stage[@round][#leg]` with a known stage, or a manifest is not
+            JSON.
+    """
+    instances = {}
+    for name, folder in artifacts.items():
+        match = _NAME.match(name)
+        if not match or match["stage"] not in STAGE_NAMES:
+            raise ValueError(
+                f"artifact {name!r}: expected stage[@round][#leg], the stages are "
+                f"{', '.join(STAGE_NAMES)}."
+            )
+        instances[name] = Instance(
+            name=name,
+            stage=match["stage"],
+            round=int(match["round"]) if match["round"] else None,
+            leg=match["leg"],
+            folder=Path(folder),
+            manifest=_read_manifest(Path(folder) / "manifest.json"),
+        )
+    order = sorted(
+        instances.values(), key=lambda one: (one.round or 0, STAGE_NAMES.index(one.stage))
+    )
+    return {one.name: one for one in order}
+
+
+def _read_manifest(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); run the stage again with --force.") from None
+    return manifest if isinstance(manifest, Mapping) else {}
+
+
+def state_of(instance: Instance, instances: Iterable[Instance]) -> State:
+    """ran, cached, shared or unknown: how the run that led to this page came by the artifact.
+
+    The newest artifact's run counts as this run: a report is made anew only when something before
+    it was. Manifests without a run id leave it unknown.
+    """
+    if instance.manifest.get("instance", instance.name) != instance.name:
+        return "shared"
+    newest = max(instances, key=lambda one: str(one.manifest.get("started") or ""))
+    this_run = newest.manifest.get("run_id")
+    if not this_run or not instance.manifest.get("run_id"):
+        return "unknown"
+    return "ran" if instance.manifest["run_id"] == this_run else "cached"
+
+
+def ancestors(name: str, instances: Mapping[str, Instance]) -> set[str]:
+    """Names of everything an instance was made from, near and far."""
+    seen: set[str] = set()
+    waiting = list(instances[name].inputs) if name in instances else []
+    while waiting:
+        one = waiting.pop()
+        if one in instances and one not in seen:
+            seen.add(one)
+            waiting.extend(instances[one].inputs)
+    return seen
+
+
+def draw(instances: Mapping[str, Instance]) -> Drawing:
+    """Lay the pipeline out: one lane for what runs once, one for each round, time from left to
+    right.
+
+    A connection that a longer way already shows is left out.
+    """
+    lanes = sorted({one.round or 0 for one in instances.values()})
+    boxes: dict[str, Box] = {}
+    titles = []
+    top = _MARGIN
+    for lane in lanes:
+        members = [one for one in instances.values() if (one.round or 0) == lane]
+        titles.append((f"Round {lane}" if lane else "Once", top + 14))
+        grid = _lay_out(members, instances)
+        for one in members:
+            boxes[one.name] = Box(
+                instance=one,
+                x=_MARGIN + grid.column[one.name] * (BOX_WIDTH + _GAP_X),
+                y=top + _LANE_TITLE + grid.row[one.name] * (BOX_HEIGHT + _GAP_Y),
+                state=state_of(one, instances.values()),
+            )
+        rows = 1 + max(grid.row.values())
+        top += _LANE_TITLE + rows * BOX_HEIGHT + (rows - 1) * _GAP_Y + _LANE_GAP
+    lines = [
+        _connection(boxes[source], boxes[name])
+        for name in boxes
+        for source in _direct(name, instances)
+    ]
+    return Drawing(
+        width=max((box.x for box in boxes.values()), default=0) + BOX_WIDTH + _MARGIN,
+        height=top - _LANE_GAP + _MARGIN,
+        boxes=tuple(boxes.values()),
+        lines=tuple(lines),
+        lanes=tuple(titles),
+    )
+
+
+def _direct(name: str, instances: Mapping[str, Instance]) -> list[str]:
+    """Inputs that are not reached through another input as well."""
+    near = [one for one in instances[name].inputs if one in instances]
+    far = {one: ancestors(one, instances) for one in near}
+    return [one for one in near if not any(one in far[other] for other in near if other != one)]
+
+
+def _lay_out(members: Sequence[Instance], instances: Mapping[str, Instance]) -> _Grid:
+    names = {one.name for one in members}
+    depth: dict[str, int] = {}
+    for one in members:  # in the order of the pipeline: inputs come first
+        before = [depth[source] for source in one.inputs if source in names and source in depth]
+        depth[one.name] = 1 + max(before, default=-1)
+    grid = _Grid()
+    for one in members:  # legs stand in one column
+        grid.column[one.name] = max(depth[peer.name] for peer in members if peer.stage == one.stage)
+    taken: set[tuple[int, int]] = set()
+    for one in sorted(members, key=lambda one: grid.column[one.name]):
+        before = [grid.row[name] for name in _direct(one.name, instances) if name in grid.row]
+        row = min(before, default=0)
+        while (grid.column[one.name], row) in taken:
+            row += 1
+        taken.add((grid.column[one.name], row))
+        grid.row[one.name] = row
+    return grid
+
+
+def _connection(source: Box, target: Box) -> str:
+    """A curve from the right of one box to the left of the next, or down to another lane."""
+    if target.x > source.x:
+        x0, y0 = source.x + BOX_WIDTH, source.y + BOX_HEIGHT // 2
+        x1, y1 = target.x, target.y + BOX_HEIGHT // 2
+        bend = max(16, (x1 - x0) // 2)
+        return f"M{x0} {y0}C{x0 + bend} {y0} {x1 - bend} {y1} {x1} {y1}"
+    x0, y0 = source.x + BOX_WIDTH // 2, source.y + BOX_HEIGHT
+    x1, y1 = target.x + BOX_WIDTH // 2, target.y
+    bend = max(18, (y1 - y0) // 2)
+    return f"M{x0} {y0}C{x0} {y0 + bend} {x1} {y1 - bend} {x1} {y1}"

@@ -1,0 +1,166 @@
+"""The numbers of a report: which model reached what on which target, against which reference."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stages.report_lineage import Instance
+
+Number = float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One model on one target."""
+
+    miou: Number
+    """Mean IoU in 0..1; None: not computed."""
+    iou: tuple[Number, ...]
+    """IoU per class in 0..1; None: the class does not count here."""
+    truth_share: tuple[Number, ...]
+    """Share of each class among the labelled pixels of the truth; None: no confusion matrix."""
+    num_images: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One judged model."""
+
+    instance: str
+    """The `evaluate` instance."""
+    label: str
+    """What people call it: "source model", "round 1 · refined"."""
+    round: int
+    leg: str | None
+    kind: Literal["source", "control", "trained"]
+    labels: str | None
+    """Labels of the pictures it was trained on (refined, raw, none); None: not recorded."""
+    classes: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    targets: Mapping[str, Score]
+    mean: Number
+    """Mean of the targets' mIoU, in 0..1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The result in one breath."""
+
+    model: Judged
+    reference: Judged | None
+    """The control of the same round; where there is none, the source model."""
+    source: Judged | None
+
+    @property
+    def difference(self) -> Number:
+        """Mean mIoU of the model less that of the reference."""
+        return minus(self.model.mean, self.reference.mean) if self.reference else None
+
+
+def minus(one: Number, other: Number) -> Number:
+    """Difference, or None where either is unknown."""
+    return None if one is None or other is None else one - other
+
+
+def number(value: Any) -> Number:
+    """A finite float, or None (JSON knows no NaN; some writers do)."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def read_scores(instances: Mapping[str, Instance]) -> list[Judged]:
+    """All judged models: source first, then by round, the control first.
+
+    Raises:
+        ValueError: a `results.json` is not JSON.
+    """
+    judged = [_judged(one, instances) for one in instances.values() if one.stage == "evaluate"]
+    return sorted(
+        (one for one in judged if one),
+        key=lambda one: (one.round, one.kind != "control", one.leg or "", one.instance),
+    )
+
+
+def _judged(one: Instance, instances: Mapping[str, Instance]) -> Judged | None:
+    path = one.folder / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); run evaluate again with --force.") from None
+    targets = {name: _score(entry) for name, entry in sorted((results.get("sets") or {}).items())}
+    mean = number(results.get("miou_mean"))
+    known = [score.miou for score in targets.values() if score.miou is not None]
+    if mean is None and known:
+        mean = sum(known) / len(known)
+    labels = _labels(one, instances)
+    kind = _kind(one, labels)
+    return Judged(
+        instance=one.name,
+        label=_label(one, kind),
+        round=one.round or 0,
+        leg=one.leg,
+        kind=kind,
+        labels=labels,
+        classes=tuple(_class_name(entry) for entry in results.get("classes") or ()),
+        protocol=results.get("protocol") or {},
+        targets=targets,
+        mean=mean,
+    )
+
+
+def _class_name(entry: Any) -> str:
+    return str(entry.get("name", entry)) if isinstance(entry, Mapping) else str(entry)
+
+
+def _score(entry: Mapping[str, Any]) -> Score:
+    rows = entry.get("confusion") or []
+    sums = [sum(row) for row in rows]
+    total = sum(sums)
+    num_images = entry.get("num_images")
+    return Score(
+        miou=number(entry.get("miou")),
+        iou=tuple(number(value) for value in entry.get("iou") or ()),
+        truth_share=tuple(value / total if total else None for value in sums),
+        num_images=int(num_images) if isinstance(num_images, int | float) else None,
+    )
+
+
+def _labels(one: Instance, instances: Mapping[str, Instance]) -> str | None:
+    maker = instances.get(one.made_from("model") or "")
+    return maker.section("self_train").get("labels") if maker else None
+
+
+def _kind(one: Instance, labels: str | None) -> Literal["source", "control", "trained"]:
+    if not one.round:
+        return "source"
+    return "control" if labels == "none" or one.leg == "control" else "trained"
+
+
+def _label(one: Instance, kind: str) -> str:
+    leg = f" · {one.leg}" if one.leg else ""
+    return f"source model{leg}" if kind == "source" else f"round {one.round}{leg}"
+
+
+def judge(models: Sequence[Judged]) -> Verdict | None:
+    """The model the page speaks of first: the last round's, trained on refined labels if any was.
+
+    None where nothing was judged.
+    """
+    if not models:
+        return None
+    model = max(models, key=lambda one: (one.round, _preference(one)))
+    source = next((one for one in models if one.kind == "source" and one is not model), None)
+    control = next(
+        (one for one in models if one.kind == "control" and one.round == model.round), None
+    )
+    reference = control if control and control is not model else source
+    return Verdict(model=model, reference=reference, source=source)
+
+
+def _preference(one: Judged) -> int:
+    if one.kind == "control":
+        return 0
+    return {"raw": 1, None: 2, "refined": 3}.get(one.leg if one.labels is None else one.labels, 2)
