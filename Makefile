@@ -1,0 +1,42 @@
+# Two commands: `make run` sets everything up and runs the miniature, `make test` the tests.
+PYTHON ?= python3
+RECIPE ?= miniature
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# One thread per test process: sums over threads depend on how many there are.
+TEST := OMP_NUM_THREADS=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 $(PY) -m pytest
+NOT_HERE := not slow and not gpu and not postgres and not faults
+
+.PHONY: run setup test test-faults test-slow lint deploy golden clean
+
+run: $(READY)
+	$(PY) flows/clouds.py --recipe $(RECIPE)
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(READY)
+
+test: $(READY)
+	$(TEST) -m "$(NOT_HERE)" -n 2 --dist loadfile --timeout 600 tests
+
+test-faults: $(READY)
+	$(TEST) -m faults --timeout 3600 tests
+
+test-slow: $(READY)
+	$(TEST) -m "slow and not gpu" --timeout 3600 tests
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+golden: $(READY)
+	$(PY) -m tests.golden ../shared/golden
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
