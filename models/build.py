@@ -13,15 +13,19 @@ from models.decoder import QueryDecoder
 from models.encoders import (
     CLIP_MEAN,
     CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     ClipResNetEncoder,
     ConvNextEncoder,
     Encoder,
+    MitEncoder,
     ResNetEncoder,
 )
 from models.heads import LightHead, MaskHead
 from models.pixel_decoder import PixelDecoder
 from models.rein import ReinTokens
 from models.segmenter import Segmenter
+from models.vits import ClipVit, LearnedPyramid, PlainEncoder, ResizePyramid, SamEncoder, TimmVit
 
 
 def build_segmenter(
@@ -50,6 +54,7 @@ def build_segmenter(
             decoder,
             class_names=class_names,
             tokens=tokens,
+            neck=build_neck(config.encoder, encoder),
             trained_encoder=set_trained(encoder, config.tuning),
             encoder_lr=config.tuning.lr_multiplier if config.tuning.kind == "full" else 1.0,
             layer_decay=config.tuning.layer_decay,
@@ -61,7 +66,9 @@ def build_segmenter(
 def set_trained(encoder: Encoder, tuning: TuningConfig) -> bool:
     """Mark what of the encoder is trained; true if anything is."""
     encoder.requires_grad_(tuning.kind == "full")
-    if tuning.kind == "full":
+    if tuning.kind == "lora":
+        inject_lora(encoder, tuning)
+    elif tuning.kind == "full":
         groups = encoder.groups()
         if abs(tuning.freeze_blocks) >= len(groups):
             raise ValueError(
@@ -74,6 +81,48 @@ def set_trained(encoder: Encoder, tuning: TuningConfig) -> bool:
             for part in group:
                 part.requires_grad_(False)
     return any(p.requires_grad for p in encoder.parameters())
+
+
+LORA_TARGETS = {
+    "ClipVit": ("attn", "c_fc", "c_proj"),  # peft takes nn.MultiheadAttention as a whole
+    "TimmVit": ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc1_g", "fc1_x", "fc2"),
+    "SamEncoder": ("qkv", "proj", "lin1", "lin2"),
+    "ConvNextEncoder": ("fc1", "fc2"),
+    "MitEncoder": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+}
+"""Layers inside the blocks that LoRA updates by default."""
+
+
+def inject_lora(encoder: Encoder, tuning: TuningConfig) -> None:
+    """Put peft's low-rank updates beside linear layers of the blocks; only they are trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    kind = type(encoder).__name__
+    targets = tuning.lora_targets or LORA_TARGETS.get(kind)
+    if targets is None:
+        raise ValueError(
+            f"tuning.kind=lora: {kind} has no linear layers in its blocks; "
+            f"encoders with them: {', '.join(LORA_TARGETS)}"
+        )
+    names = "|".join(targets)
+    config = LoraConfig(
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha,
+        lora_dropout=tuning.lora_dropout,
+        target_modules=rf".*blocks\.\d+\.(?:.*\.)?(?:{names})",
+    )
+    inject_adapter_in_model(config, encoder.trunk)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def build_neck(config: EncoderConfig, encoder: Encoder) -> nn.Module | None:
+    """The pyramid of a plain transformer; None for an encoder with stages."""
+    if not isinstance(encoder, PlainEncoder):
+        return None
+    if config.pyramid == "learned":
+        return LearnedPyramid(encoder.channels[0])
+    return ResizePyramid()
 
 
 def build_tokens(encoder: Encoder, config: SegmenterConfig) -> ReinTokens | None:
@@ -128,8 +177,18 @@ def build_encoder(config: EncoderConfig, tuning: TuningConfig, *, load: bool = T
             encoder = build_open_clip(config, tuning, load=load)
         case "timm":
             encoder = build_timm(config, tuning, load=load)
+        case "transformers":
+            encoder = build_mit(config, tuning, load=load)
+        case "sam":
+            encoder = build_sam(config, tuning, load=load)
         case other:
-            raise ValueError(f"encoder.family {other!r} is not built yet: open_clip, timm")
+            raise unknown("encoder.family", other, ["open_clip", "timm", "transformers", "sam"])
+    if config.patch_size is not None:
+        if not isinstance(encoder, PlainEncoder):
+            raise ValueError(
+                f"encoder.patch_size: {config.name} has no patch embedding to resample"
+            )
+        encoder.resample_patches(config.patch_size)
     encoder.checkpointing = config.checkpointing
     return encoder
 
@@ -154,9 +213,10 @@ def build_open_clip(config: EncoderConfig, tuning: TuningConfig, *, load: bool) 
             tag = open_clip.get_pretrained_cfg(config.name, config.weights)
             quick = tag.get("quick_gelu", quick)
         trunk = _build_vision_tower(model["embed_dim"], vision, quick_gelu=quick)
-        if not isinstance(vision["layers"], (list, tuple)):
-            raise ValueError("plain CLIP transformers follow")
-        encoder = ClipResNetEncoder(trunk, **normalisation)
+        if isinstance(vision["layers"], (list, tuple)):
+            encoder = ClipResNetEncoder(trunk, **normalisation)
+        else:
+            encoder = ClipVit(trunk, features=config.features, **normalisation)
         prefix = "visual."
     if load and config.weights:
         load_trunk(encoder.trunk, open_clip_weights(config), prefix)
@@ -209,25 +269,36 @@ def open_clip_weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
 
 
 def build_timm(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
-    """A timm backbone with its own normalisation."""
-    trunk = create_timm(config.name, tuning, **(config.architecture or {}))
+    """A timm backbone with its own normalisation; `weights` is a tag or a local file."""
+    name, options = config.name, dict(config.architecture or {})
+    if load and config.weights:
+        options["pretrained"] = True
+        if Path(config.weights).is_file():
+            options["pretrained_cfg_overlay"] = {"file": config.weights}
+        else:
+            name = f"{name.partition('.')[0]}.{config.weights}"
+    trunk = create_timm(name, tuning, **options)
     mean, std = (
         tuple(255 * value for value in trunk.pretrained_cfg[key]) for key in ("mean", "std")
     )
-    encoder = wrap_timm(trunk, config, mean=mean, std=std)
-    if load and config.weights:
-        load_trunk(encoder.trunk, timm_weights(config), "")
-    return encoder
+    return wrap_timm(trunk, config, mean=mean, std=std)
 
 
 def create_timm(name: str, tuning: TuningConfig, **options: Any) -> nn.Module:
-    """A timm model without classifier."""
+    """A timm model without classifier, for any input size."""
     import timm
 
-    if not timm.is_model(name):
-        raise unknown("encoder.name", name, timm.list_models(pretrained=False))
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise unknown("encoder.name", base, timm.list_models())
+    if options.get("pretrained") and not timm.models.is_model_pretrained(name):
+        tags = [n.partition(".")[2] for n in timm.list_models(f"{base}.*", pretrained=True)]
+        if "pretrained_cfg_overlay" not in options:
+            raise unknown(f"encoder.weights of {base} (no such file either)", tag, tags)
+    if base.startswith(("vit_", "eva", "deit")):
+        options = {"dynamic_img_size": True} | options
     return timm.create_model(
-        name, pretrained=False, num_classes=0, **({"drop_path_rate": tuning.drop_path} | options)
+        name, num_classes=0, **({"drop_path_rate": tuning.drop_path} | options)
     )
 
 
@@ -238,13 +309,78 @@ def wrap_timm(trunk: nn.Module, config: EncoderConfig, **normalisation: Any) -> 
             return ConvNextEncoder(trunk, output_norm=config.output_norm, **normalisation)
         case "ResNet":
             return ResNetEncoder(trunk, **normalisation)
+        case "VisionTransformer" | "Eva":
+            return TimmVit(trunk, features=config.features, **normalisation)
         case other:
-            raise ValueError(f"encoder.name {config.name!r}: no encoder for timm's {other}")
+            raise ValueError(
+                f"encoder.name {config.name!r}: no encoder for timm's {other}; there are some for "
+                "ConvNeXt, ResNet, VisionTransformer, Eva"
+            )
 
 
-def timm_weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
-    """The state dict that `weights` names: a file, or a hub repository of timm's."""
-    raise ValueError(f"timm weights follow: {config.weights}")
+MIT_SIZES = {
+    "mit-b0": ([2, 2, 2, 2], [32, 64, 160, 256]),
+    "mit-b1": ([2, 2, 2, 2], [64, 128, 320, 512]),
+    "mit-b2": ([3, 4, 6, 3], [64, 128, 320, 512]),
+    "mit-b3": ([3, 4, 18, 3], [64, 128, 320, 512]),
+    "mit-b4": ([3, 8, 27, 3], [64, 128, 320, 512]),
+    "mit-b5": ([3, 6, 40, 3], [64, 128, 320, 512]),
+}
+"""Blocks and channels of the four stages (Xie et al., SegFormer, NeurIPS 2021, table 6)."""
+
+
+def build_mit(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
+    """transformers' SegFormer encoder; `weights` is a hub id, a folder, or `default`."""
+    from transformers import SegformerConfig, SegformerModel
+
+    if config.name not in MIT_SIZES:
+        raise unknown("encoder.name", config.name, list(MIT_SIZES))
+    depths, widths = MIT_SIZES[config.name]
+    options = {"depths": depths, "hidden_sizes": widths} | (config.architecture or {})
+    architecture = SegformerConfig(drop_path_rate=tuning.drop_path, **options)
+    if load and config.weights:
+        source = f"nvidia/{config.name}" if config.weights == "default" else config.weights
+        trunk = SegformerModel.from_pretrained(source, config=architecture)
+    else:
+        trunk = SegformerModel(architecture)
+    return MitEncoder(trunk, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+SAM_SIZES = {
+    "vit_b": (768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": (1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": (1280, 32, 16, (7, 15, 23, 31)),
+}
+"""Width, depth, heads and global blocks (segment_anything's `build_sam.py`)."""
+
+
+def build_sam(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
+    """Segment Anything's image encoder; `weights` is a file with a whole SAM in it."""
+    from functools import partial
+
+    from segment_anything.modeling import ImageEncoderViT
+
+    refuse_drop_path(tuning, "SAM's encoder")
+    if config.name not in SAM_SIZES:
+        raise unknown("encoder.name", config.name, list(SAM_SIZES))
+    width, depth, heads, global_blocks = SAM_SIZES[config.name]
+    options = {
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "global_attn_indexes": global_blocks,
+        "window_size": 14,
+        "use_rel_pos": True,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+    } | (config.architecture or {})
+    trunk = ImageEncoderViT(**options)
+    encoder = SamEncoder(trunk, features=config.features, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if load and config.weights:
+        path = Path(config.weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"encoder.weights: there is no file {path}")
+        load_trunk(trunk, torch.load(path, map_location="cpu", weights_only=True), "image_encoder.")
+    return encoder
 
 
 def load_trunk(trunk: nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:

@@ -24,13 +24,15 @@ class EncoderConfig(Section):
     family: Literal["open_clip", "timm", "transformers", "sam"] = "open_clip"
     """Library that builds the image tower; only the tower is built and stored."""
     name: str = "convnext_large_d_320"
-    """Model name in that library (open_clip: `RN50`, `ViT-B-16`, `EVA02-B-16`, ...), or
-    `local-dir:FOLDER` for an open_clip folder."""
+    """Model name in that library: open_clip `RN50`, `ViT-B-16`, `EVA02-B-16`, `local-dir:FOLDER`;
+    timm `vit_large_patch14_dinov2`; transformers `mit-b5` or a hub id or folder; SAM `vit_h`."""
     weights: str | None = None
-    """Pre-trained tag, file or folder of weights; None: seeded random weights."""
+    """Pre-trained tag, file or folder of weights (transformers: `default`, the name's own); None:
+    seeded random weights."""
     architecture: dict[str, Any] | None = None
     """Replaces the architecture that `name` stands for, for small encoders: open_clip's
-    `vision_cfg` (plus `embed_dim`), or keyword arguments of the timm model."""
+    `vision_cfg` (plus `embed_dim`, and `timm_options` of its timm model), or keyword arguments of
+    the timm model, the SegFormer config, SAM's image encoder."""
     seed: int = Field(0, ge=0)
     """Seed of random encoder weights, used where `weights` is None."""
     features: tuple[int, ...] | None = None
@@ -77,21 +79,9 @@ class TuningConfig(Section):
     """LoRA: the update is scaled by alpha / rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA: dropout before the update."""
-    lora_targets: tuple[str, ...] = (
-        "qkv",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "proj",
-        "out_proj",
-        "fc1",
-        "fc2",
-        "fc1_g",
-        "fc1_x",
-        "c_fc",
-        "c_proj",
-    )
-    """LoRA: linear layers, by the last part of their name, that get an update."""
+    lora_targets: tuple[str, ...] | None = None
+    """LoRA: layers inside the blocks, by the last part of their name; None: all of attention and
+    feed-forward."""
 
 
 class TextConfig(Section):

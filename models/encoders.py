@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         """The parts from early to deep: stem, then one entry per block."""
         raise NotImplementedError
 
-    def run_block(self, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    def run_block(self, block: nn.Module, *args: torch.Tensor | int) -> torch.Tensor:
         """One block; its activations are recomputed in the backward pass if so configured."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
@@ -190,3 +190,40 @@ class ResNetEncoder(StagedEncoder):
     def stages(self) -> list[tuple[list[nn.Module], list[nn.Module]]]:
         """Blocks step down by themselves."""
         return [([], list(getattr(self.trunk, f"layer{n}"))) for n in (1, 2, 3, 4)]
+
+
+class MitEncoder(Encoder):
+    """transformers' SegFormer encoder (MiT-B0..B5): tokens in the blocks, a norm after each stage.
+
+    Args:
+        trunk: a `SegformerModel`.
+    """
+
+    def __init__(self, trunk: nn.Module, *, mean: Sequence[float], std: Sequence[float]):
+        super().__init__(mean=mean, std=std)
+        self.trunk = trunk
+        self.channels = self.widths = tuple(trunk.config.hidden_sizes)
+        self.blocks = tuple(trunk.config.depths)
+
+    def forward(
+        self, images_B3HW: torch.Tensor, after_block: AfterBlock | None = None
+    ) -> list[torch.Tensor]:
+        """Features of normalised, padded images at strides 4, 8, 16, 32."""
+        x, outputs = images_B3HW, []
+        for stage, module in enumerate(self.trunk.stages):
+            tokens, height, width = module.patch_embeddings(x)
+            for index, block in enumerate(module.blocks):
+                tokens = self.run_block(block, tokens, height, width)
+                if after_block is not None:
+                    tokens = after_block(tokens, stage, index)
+            x = module.layer_norm(tokens).transpose(1, 2).unflatten(2, (height, width))
+            outputs.append(x)
+        return outputs
+
+    def groups(self) -> list[list[nn.Module | nn.Parameter]]:
+        """An empty stem, then each block; a stage's embedding and norm go with its first block."""
+        parts: list[list[nn.Module | nn.Parameter]] = [[]]
+        for stage in self.trunk.stages:
+            parts.append([stage.patch_embeddings, stage.layer_norm, stage.blocks[0]])
+            parts.extend([block] for block in stage.blocks[1:])
+        return parts

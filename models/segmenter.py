@@ -52,6 +52,7 @@ class Segmenter(nn.Module):
         decoder: from four feature maps (and linked queries) to the fields of the output.
         class_names: names of the K classes, in the order of train ids.
         tokens: Rein's token modules, or None.
+        neck: from a plain transformer's maps to a pyramid; None where the encoder has stages.
         trained_encoder: whether any weight of the encoder is trained.
         encoder_lr: factor on the learning rate of the encoder's own weights.
         layer_decay: further factor per block of the encoder, counted from the last.
@@ -64,6 +65,7 @@ class Segmenter(nn.Module):
         *,
         class_names: Sequence[str],
         tokens: nn.Module | None = None,
+        neck: nn.Module | None = None,
         trained_encoder: bool = False,
         encoder_lr: float = 1.0,
         layer_decay: float = 1.0,
@@ -71,6 +73,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.tokens = tokens
+        self.neck = neck
         self.decoder = decoder
         self.class_names = tuple(class_names)
         self.trained_encoder = trained_encoder
@@ -111,6 +114,8 @@ class Segmenter(nn.Module):
             else:
                 features = self.encoder(padded_B3HW, self.tokens.after_block(self.encoder.prefix))
                 queries_QC = self.tokens.queries()
+        if self.neck is not None:
+            features = self.neck(features)
         predicted = self.decoder(features, queries_QC)
         return SegmenterOutput(
             image_size=image_size, padded_size=tuple(padded_B3HW.shape[-2:]), **predicted
