@@ -214,6 +214,7 @@ def _no_chat_template(source: str) -> ValueError:
 
 def save_random_writer(folder: Path, *, seed: int) -> None:
     """Save a tiny Llama with seeded random weights and a tokenizer of single bytes."""
+    disable_progress_bar()
     tokenizer = _byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

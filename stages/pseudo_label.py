@@ -1,0 +1,199 @@
+"""Label pictures with the teacher: a label map and a confidence map for each.
+
+    clouds --stage pseudo_label --round 1
+
+A pixel's label is the class with the highest score. Its confidence is that class's share of the
+scores of all classes, 0..1 (scores of a mask decoder do not add up to 1 by themselves).
+"""
+
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models.checkpoints import load_segmenter
+from models.inference import predict
+from models.segmenter import Segmenter
+from stages.config import PseudoLabelConfig, StageConfig
+from stages.contracts import Progress, Summary
+from stages.devices import Device, choose_device
+from stages.labels import IGNORE
+from stages.readers import read_image
+from stages.shards import Row, read_index, write_json, write_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture to be labelled."""
+
+    id: str
+    path: Path
+
+
+def run(
+    config: StageConfig, *, out: Path, progress: Progress, pictures: Path, teacher: Path
+) -> Summary:
+    """Write shards of label and confidence maps, `statistics.json` and `checkpoint.json`.
+
+    Args:
+        config: reads `pseudo_label`.
+        out: the stage's folder.
+        progress: told each picture.
+        pictures: artifact of `synthesize`.
+        teacher: a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        ValueError: no picture, or a picture cannot be read.
+    """
+    section = config.pseudo_label
+    items = [
+        Picture(id=row["id"], path=row["folder"] / row["file"]) for row in read_index(pictures)
+    ]
+    if not items:
+        raise ValueError("there is no picture to label: run `clouds --stage synthesize`.")
+    device = choose_device(config)
+    which = section.weights
+    if which == "ema" and not (teacher / "ema.safetensors").is_file():
+        which = "model"
+        progress.note("the teacher has no moving average: its own weights are used")
+    desk = _Desk(
+        segmenter=load_segmenter(teacher, device=device.device, which=which),
+        section=section,
+        device=device,
+        bf16=config.precision == "bf16",
+        progress=progress,
+    )
+    num_shards = write_shards(
+        out,
+        items,
+        shard_size=section.shard_size,
+        work=desk.label_shard,
+        progress=progress,
+        unit="pictures",
+    )
+    statistics = sum_up(list(read_index(out)), which=which)
+    write_json(out / "statistics.json", statistics)
+    shutil.copyfile(teacher / "checkpoint.json", out / "checkpoint.json")
+    return Summary(
+        text=f"{len(items)} pictures labelled in {num_shards} shards, mean confidence "
+        f"{statistics['mean_confidence']:.3f}",
+        numbers={
+            "pictures": len(items),
+            "shards": num_shards,
+            "mean_confidence": statistics["mean_confidence"],
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Desk:
+    """Labels the pictures of one shard after the other."""
+
+    segmenter: Segmenter
+    section: PseudoLabelConfig
+    device: Device
+    bf16: bool
+    progress: Progress
+
+    def label_shard(self, pictures: Sequence[Picture], folder: Path) -> list[Row]:
+        rows = []
+        for batch in self._batches(pictures):
+            labels, confidences = self._predict([image for _, image in batch])
+            for (picture, _), label_HW, confidence_HW in zip(
+                batch, labels, confidences, strict=True
+            ):
+                rows.append(save_label(folder, picture.id, label_HW, confidence_HW))
+            self.progress.advance(len(batch))
+        return rows
+
+    def _batches(self, pictures: Sequence[Picture]) -> Iterator[list[tuple[Picture, np.ndarray]]]:
+        """Batches of neighbours in the shard's order; a change of size begins a new one."""
+        size = self.section.batch_size
+        for start in range(0, len(pictures), size):
+            read = [(picture, read_image(picture.path)) for picture in pictures[start:][:size]]
+            for _, same in groupby(read, key=lambda entry: entry[1].shape):
+                yield list(same)
+
+    def _predict(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Train ids uint8 and confidences uint8 (255 = 1), both [B, H, W]."""
+        images_B3HW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        scores_BKHW = predict(
+            self.segmenter,
+            images_B3HW.to(self.device.device),
+            flip=self.section.flip,
+            bf16=self.bf16,
+        )
+        confidence_BHW, label_BHW = label_of(scores_BKHW, threshold=self.section.threshold)
+        return label_BHW.cpu().numpy(), confidence_BHW.cpu().numpy()
+
+
+def label_of(scores_BKHW: torch.Tensor, *, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Confidence and label of class scores.
+
+    Args:
+        scores_BKHW: not negative, float32.
+        threshold: pixels less confident than this get the label 255.
+
+    Returns:
+        uint8 [B, H, W] each: confidence (0..255 = 0..1) and train ids.
+    """
+    best_BHW, label_BHW = scores_BKHW.max(1)
+    share_BHW = best_BHW / scores_BKHW.sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    label_BHW = label_BHW.to(torch.uint8).masked_fill(share_BHW < threshold, IGNORE)
+    return (share_BHW * 255).round().to(torch.uint8), label_BHW
+
+
+def save_label(
+    folder: Path, picture_id: str, label_HW: np.ndarray, confidence_HW: np.ndarray
+) -> Row:
+    """Save a picture's maps as PNG and describe them in an index row."""
+    stem = picture_id.replace("/", "+")
+    label_name, confidence_name = f"{stem}.label.png", f"{stem}.confidence.png"
+    Image.fromarray(label_HW).save(folder / label_name)
+    Image.fromarray(confidence_HW).save(folder / confidence_name)
+    flat, weights = label_HW.ravel(), confidence_HW.ravel()
+    pixels = np.bincount(flat, minlength=256)
+    sums = np.bincount(flat, weights=weights, minlength=256)
+    present = [int(k) for k in np.flatnonzero(pixels) if k != IGNORE]
+    return {
+        "id": picture_id,
+        "label": label_name,
+        "confidence": confidence_name,
+        "mean_confidence": round(float(weights.mean()) / 255, 6),
+        "classes": {str(k): int(pixels[k]) for k in present},
+        "class_confidence": {str(k): round(sums[k] / pixels[k] / 255, 6) for k in present},
+        "unlabelled": int(pixels[IGNORE]),
+    }
+
+
+def sum_up(rows: Sequence[Row], *, which: str) -> Row:
+    """Statistics over all pictures: per class its pixels, pictures and mean confidence."""
+    pixels: Counter[str] = Counter()
+    pictures: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        pixels.update(row["classes"])
+        pictures.update(row["classes"].keys())
+        for key, mean in row["class_confidence"].items():
+            sums[key] += mean * row["classes"][key]
+    return {
+        "num_pictures": len(rows),
+        "weights": which,
+        "mean_confidence": round(float(np.mean([row["mean_confidence"] for row in rows])), 6),
+        "unlabelled": sum(row["unlabelled"] for row in rows),
+        "classes": {
+            key: {
+                "pixels": pixels[key],
+                "pictures": pictures[key],
+                "mean_confidence": round(sums[key] / pixels[key], 6),
+            }
+            for key in sorted(pixels, key=int)
+        },
+    }

@@ -1,0 +1,320 @@
+"""Paint street scenes with a diffusion model, one picture per (prompt, number), or collect some.
+
+    clouds --stage synthesize --set synthesize.num_images=48
+
+Batches are composed by config alone and every picture has a seed of its own, so that pictures are
+the same for any interruption. Each picture file carries its prompt, seed, model and steps.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from models.hub import model_label
+from models.painter import Painter, load_painter
+from stages.config import StageConfig, SynthesizeConfig
+from stages.contracts import Progress, Summary
+from stages.devices import choose_device
+from stages.readers import Sample, load_index
+from stages.shards import Row, item_seed, read_jsonl, write_shards
+
+JPEG_QUALITY = 95
+_COPIED = {".png": ".png", ".jpg": ".jpg", ".jpeg": ".jpg"}
+"""Suffixes of pictures that are collected byte by byte -> the suffix they get."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commission:
+    """One picture to be painted."""
+
+    id: str
+    prompt_id: str
+    prompt: str
+    seed: int
+
+
+def run(
+    config: StageConfig,
+    *,
+    out: Path,
+    progress: Progress,
+    prompts: Path | None = None,
+    unlabelled: Path | None = None,
+) -> Summary:
+    """Write picture shards.
+
+    Args:
+        config: reads `synthesize`.
+        out: the stage's folder.
+        progress: told each picture.
+        prompts: artifact of `write_prompts`, for mode "paint".
+        unlabelled: part of `prepare`, for mode "collect".
+
+    Raises:
+        FileNotFoundError: the model, or the pictures to collect, are not to be had.
+        ValueError: the prompts' file has broken lines, or an option is unknown.
+    """
+    if config.synthesize.mode == "collect":
+        return _collect(config.synthesize, out=out, progress=progress, unlabelled=unlabelled)
+    return _paint(config, out=out, progress=progress, prompts=prompts)
+
+
+def _paint(config: StageConfig, *, out: Path, progress: Progress, prompts: Path | None) -> Summary:
+    section = config.synthesize
+    if prompts is None:
+        raise ValueError("synthesize.mode=paint needs prompts: run `clouds --stage write_prompts`.")
+    commissions = commission(
+        read_prompts(prompts / "prompts.jsonl"),
+        num_images=section.num_images,
+        seed=config.seed,
+        round_=config.round or 0,
+    )
+    device = choose_device(config)
+    painter = load_painter(
+        section.model,
+        revision=section.revision,
+        scheduler=section.scheduler,
+        device=device.device,
+        dtype=device.dtype,
+        seed=config.seed,
+    )
+    easel = _Easel(painter=painter, section=section, progress=progress)
+    num_shards = write_shards(
+        out,
+        commissions,
+        shard_size=section.shard_size,
+        work=easel.paint_shard,
+        progress=progress,
+        unit="pictures",
+    )
+    untrained = ", by an untrained model: noise" if painter.untrained else ""
+    return _summary("painted", len(commissions), num_shards, untrained)
+
+
+def read_prompts(path: Path) -> list[Row]:
+    """The prompts of a `prompts.jsonl`, ours or written elsewhere.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is broken; the message gives its number.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `clouds --stage write_prompts`.")
+    rows = read_jsonl(path)
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        for name in ("id", "text"):
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise ValueError(
+                    f"{path}, prompt {number}: {name!r} must be a text that is not empty, "
+                    f"got {row.get(name)!r}."
+                )
+        if row["id"] in seen:
+            raise ValueError(
+                f"{path}, prompt {number}: id {row['id']!r} was used by prompt {seen[row['id']]}."
+            )
+        if not all(letter.isalnum() or letter in "-_." for letter in row["id"]):
+            raise ValueError(
+                f"{path}, prompt {number}: id {row['id']!r} becomes a file name; use letters, "
+                "digits, '-', '_' and '.' only."
+            )
+        seen[row["id"]] = number
+    if not rows:
+        raise ValueError(f"{path} holds no prompt.")
+    return rows
+
+
+def commission(
+    prompts: Sequence[Row], *, num_images: int, seed: int, round_: int
+) -> list[Commission]:
+    """Spread pictures evenly over the prompts: each once, then each a second time, and so on."""
+    pictures = []
+    for number in range(num_images):
+        repeat, place = divmod(number, len(prompts))
+        row = prompts[place]
+        pictures.append(
+            Commission(
+                id=f"{row['id']}-{repeat:03d}",
+                prompt_id=row["id"],
+                prompt=row["text"],
+                seed=item_seed(seed, "synthesize", round_, row["id"], repeat),
+            )
+        )
+    return pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Easel:
+    """Paints the pictures of one shard after the other."""
+
+    painter: Painter
+    section: SynthesizeConfig
+    progress: Progress
+
+    def paint_shard(self, commissions: Sequence[Commission], folder: Path) -> list[Row]:
+        rows = []
+        size = self.section.batch_size
+        for start in range(0, len(commissions), size):
+            batch = commissions[start : start + size]
+            for ordered, picture, painted_with in self._paint(batch):
+                row = self._row(ordered)
+                if painted_with < len(batch):
+                    row["batch_size"] = painted_with
+                save_picture(folder / row["file"], picture, row)
+                rows.append(row)
+            self.progress.advance(len(batch))
+        return rows
+
+    def _paint(self, batch: Sequence[Commission]) -> Iterator[tuple[Commission, np.ndarray, int]]:
+        """Paint a batch, in halves where memory does not suffice for the whole."""
+        section = self.section
+        try:
+            pictures = self.painter.paint(
+                [ordered.prompt for ordered in batch],
+                seeds=[ordered.seed for ordered in batch],
+                height=section.height,
+                width=section.width,
+                steps=section.steps,
+                guidance=section.guidance,
+                negative_prompt=section.negative_prompt,
+            )
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise MemoryError(
+                    f"a single picture of {section.height}x{section.width} does not fit into the "
+                    "device's memory: choose a smaller size or model, or precision=bf16."
+                ) from error
+            pictures = None
+        if pictures is None:
+            torch.cuda.empty_cache()
+            half = (len(batch) + 1) // 2
+            self.progress.note(f"out of memory with {len(batch)} pictures at once: {half} instead")
+            yield from self._paint(batch[:half])
+            yield from self._paint(batch[half:])
+            return
+        yield from (
+            (ordered, picture, len(batch)) for ordered, picture in zip(batch, pictures, strict=True)
+        )
+
+    def _row(self, ordered: Commission) -> Row:
+        return {
+            "id": ordered.id,
+            "file": f"{ordered.id}.{self.section.format}",
+            "prompt_id": ordered.prompt_id,
+            "prompt": ordered.prompt,
+            "seed": ordered.seed,
+            "model": model_label(self.section.model),
+            "steps": self.section.steps,
+            "guidance": self.section.guidance,
+            "negative_prompt": self.section.negative_prompt,
+            "scheduler": self.painter.scheduler,
+            "untrained": self.painter.untrained,
+        }
+
+
+def save_picture(path: Path, picture: np.ndarray, row: Row) -> None:
+    """Save a picture (uint8 RGB [H, W, 3]) with how it was made inside the file.
+
+    PNG: text chunks "prompt", "seed", "model", ...; JPEG: the same as JSON in the comment.
+    """
+    told = {name: value for name, value in row.items() if name not in ("id", "file")}
+    image = Image.fromarray(picture)
+    if path.suffix == ".png":
+        info = PngInfo()
+        for name, value in told.items():
+            info.add_itxt(name, str(value))
+        image.save(path, pnginfo=info)
+    else:
+        comment = json.dumps(told, sort_keys=True).encode()
+        image.save(path, quality=JPEG_QUALITY, comment=comment)
+
+
+def _collect(
+    section: SynthesizeConfig, *, out: Path, progress: Progress, unlabelled: Path | None
+) -> Summary:
+    if unlabelled is None:
+        raise ValueError(
+            "synthesize.mode=collect needs pictures: name data sets under data.unlabelled."
+        )
+    samples = load_index(unlabelled)
+    if not samples:
+        raise FileNotFoundError(
+            "synthesize.mode=collect found no picture: name data sets under data.unlabelled."
+        )
+    chosen = evenly_spaced(samples, section.num_images)
+    if len(chosen) < section.num_images:
+        progress.note(
+            f"synthesize.num_images is {section.num_images}; data.unlabelled has {len(chosen)}"
+        )
+    _check_names(chosen)
+
+    def collect_shard(part: Sequence[Sample], folder: Path) -> list[Row]:
+        rows = []
+        for sample in part:
+            rows.append(_copy(sample, folder))
+            progress.advance()
+        return rows
+
+    num_shards = write_shards(
+        out,
+        chosen,
+        shard_size=section.shard_size,
+        work=collect_shard,
+        progress=progress,
+        unit="pictures",
+    )
+    return _summary("collected", len(chosen), num_shards, "")
+
+
+def evenly_spaced(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` samples, at even distances over all of them."""
+    count = min(count, len(samples))
+    return [samples[number * len(samples) // count] for number in range(count)]
+
+
+def _check_names(samples: Sequence[Sample]) -> None:
+    owners: dict[str, str] = {}
+    for sample in samples:
+        name = _file_stem(sample.id)
+        if name in owners:
+            raise ValueError(
+                f"pictures {owners[name]!r} and {sample.id!r} would get the same file name "
+                f"{name!r}: rename one of them."
+            )
+        owners[name] = sample.id
+
+
+def _file_stem(sample_id: str) -> str:
+    return sample_id.replace("/", "+")
+
+
+def _copy(sample: Sample, folder: Path) -> Row:
+    suffix = _COPIED.get(sample.image.suffix.lower())
+    name = f"{_file_stem(sample.id)}{suffix or '.png'}"
+    if suffix:
+        shutil.copyfile(sample.image, folder / name)
+    else:
+        Image.fromarray(sample.read_image()).save(folder / name)
+    return {
+        "id": sample.id,
+        "file": name,
+        "prompt_id": None,
+        "prompt": None,
+        "seed": None,
+        "model": None,
+        "steps": None,
+        "collected": True,
+        "untrained": False,
+    }
+
+
+def _summary(verb: str, num_images: int, num_shards: int, remark: str) -> Summary:
+    text = f"{num_images} pictures {verb} in {num_shards} shards{remark}"
+    return Summary(text=text, numbers={"pictures": num_images, "shards": num_shards})
