@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.engine import Listener
+from flows.engine import Engine, Listener
 from flows.pipeline import Instance
 from flows.recipes import ConfigError
 from flows.store import Store
@@ -19,6 +19,7 @@ from stages.contracts import labelspace_file
 from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs
 
 MIN_FREE_BYTES = 200 * 2**20
+_NUM_LABELS = 4
 _NOT_WEIGHTS = {"bank", "random"}
 
 
@@ -130,8 +131,39 @@ def _disk(store: Store) -> Finding:
     return Finding(what="disk", state=state, text=f"{free / 2**30:.1f} GiB free at {place}")
 
 
-def machine() -> Iterator[Finding]:
-    """Memory and device (imports torch: for the `check` command only)."""
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    yield Finding(what="memory", state="ok", text=f"{pages * size / 2**30:.1f} GiB")
+def everything(engine: Engine) -> Iterator[Finding]:
+    """All that `check` looks at, whatever is done already (imports torch)."""
+    yield from look(list(engine.instances.values()), store=engine.store)
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    yield Finding(what="memory", state="ok", text=f"{pages * page_bytes / 2**30:.1f} GiB")
     yield Finding(what="cores", state="ok", text=str(os.cpu_count()))
+    yield from _device(engine.recipe)
+    yield from _label_values(engine.recipe)
+
+
+def _device(recipe: Any) -> Iterator[Finding]:
+    from stages.devices import device_for
+
+    try:
+        device = device_for(recipe.run.device, precision=recipe.precision)
+    except ValueError as error:
+        yield Finding(what="device", state="error", text=str(error))
+    else:
+        yield Finding(what="device", state="ok", text=device.reason)
+
+
+def _label_values(recipe: Any) -> Iterator[Finding]:
+    """Read a few labels of every data set and look whether its map knows their values."""
+    from stages.prepare import check_labels
+
+    for group in ("sources", "targets", "validation"):
+        for dataset in getattr(recipe.data, group):
+            if dataset.root.startswith(WORLD_PREFIX):
+                continue
+            what = f"labels of {dataset.name}"
+            try:
+                text = check_labels(dataset, recipe.data, role=group, num_samples=_NUM_LABELS)
+            except (ValueError, OSError) as error:
+                yield Finding(what=what, state="error", text=str(error))
+            else:
+                yield Finding(what=what, state="ok", text=text)

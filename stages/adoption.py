@@ -1,0 +1,116 @@
+"""Taking over what was made elsewhere: checked, and brought into the form a stage leaves.
+
+clouds adopt train_source runs/best/ --recipe miniature
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.contracts import Progress, Summary
+from stages.shards import Row, read_jsonl, write_jsonl, write_shards
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+_SHARD_SIZE = 500
+
+
+def adopt(stage: str, path: Path, *, out: Path, progress: Progress) -> Summary:
+    """Check what lies at `path` and write it to `out` as `stage` would have left it.
+
+    Args:
+        stage: `train_source` or `self_train` (a checkpoint's folder), `synthesize` (a folder of
+            pictures) or `write_prompts` (a .jsonl or .txt file).
+        path: the folder or file made elsewhere.
+        out: empty folder for the outputs.
+        progress: told what is done.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is not what the stage leaves, or the stage's output cannot be adopted.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to adopt at {path}.")
+    match stage:
+        case "train_source" | "self_train":
+            return _checkpoint(path, out, progress)
+        case "synthesize":
+            return _pictures(path, out, progress)
+        case "write_prompts":
+            return _prompts(path, out, progress)
+    raise ValueError(
+        f"the output of {stage!r} cannot be adopted; known: train_source, self_train (a "
+        f"checkpoint's folder), synthesize (a folder of pictures), write_prompts (a file)."
+    )
+
+
+def _checkpoint(path: Path, out: Path, progress: Progress) -> Summary:
+    from models.checkpoints import describe_checkpoint, load_segmenter
+
+    progress.start(1, "checkpoints")
+    about = describe_checkpoint(path)
+    load_segmenter(path, device="cpu")
+    names = ["checkpoint.json", "model.safetensors"]
+    if (path / "ema.safetensors").is_file():
+        load_segmenter(path, device="cpu", which="ema")
+        names.append("ema.safetensors")
+    for name in names:
+        shutil.copyfile(path / name, out / name)
+    progress.advance()
+    return Summary(text=f"checkpoint of {len(about['class_names'])} classes")
+
+
+def _pictures(path: Path, out: Path, progress: Progress) -> Summary:
+    from stages.readers import read_image
+
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder of pictures.")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _PICTURES)
+    if not files:
+        kinds = ", ".join(sorted(_PICTURES))
+        raise ValueError(f"no pictures ({kinds}) below {path}.")
+
+    def work(chunk: Sequence[Path], folder: Path) -> Sequence[Row]:
+        rows = []
+        for file in chunk:
+            read_image(file)
+            stem = file.relative_to(path).with_suffix("").as_posix().replace("/", "__")
+            name = stem + file.suffix.lower()
+            shutil.copyfile(file, folder / name)
+            rows.append({"id": stem, "file": name, "prompt_id": None, "prompt": None})
+            progress.advance()
+        return rows
+
+    write_shards(out, files, shard_size=_SHARD_SIZE, work=work, progress=progress, unit="pictures")
+    return Summary(text=f"{len(files)} pictures", numbers={"pictures": len(files)})
+
+
+def _prompts(path: Path, out: Path, progress: Progress) -> Summary:
+    if path.suffix == ".jsonl":
+        rows = read_jsonl(path)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get("text"), str) or not row["text"].strip():
+                raise ValueError(f'{path}, line {number}: no "text", or an empty one.')
+    else:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [{"text": line.strip()} for line in lines if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} holds no prompts.")
+    progress.start(len(rows), "prompts")
+    whole = [
+        {
+            "id": row.get("id", f"{number:05d}"),
+            "text": row["text"].strip(),
+            "attributes": row.get("attributes", {}),
+            "classes": row.get("classes", []),
+            "model": row.get("model", "adopted"),
+            "seed": row.get("seed"),
+        }
+        for number, row in enumerate(rows)
+    ]
+    ids = [row["id"] for row in whole]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ValueError(f"{path}: the id {twice!r} occurs more than once.")
+    write_jsonl(out / "prompts.jsonl", whole)
+    progress.advance(len(rows))
+    return Summary(text=f"{len(rows)} prompts", numbers={"prompts": len(rows)})

@@ -1,0 +1,128 @@
+"""Recipes and overrides: what they mean, and errors that help."""
+
+import pytest
+
+from flows.pipeline import build, select
+from flows.recipes import ConfigError, load_recipe, merge, recipe_files
+
+
+def write(folder, name, text):
+    path = folder / f"{name}.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(recipe_files()))
+def test_every_shipped_recipe_is_valid_and_described(name):
+    recipe = load_recipe(name)
+    assert recipe.description
+    instances = build(recipe)
+    assert "train_source" in instances
+    assert list(instances)[-1] == "report"
+
+
+def test_extends_merges_sections_and_replaces_lists(tmp_path):
+    write(
+        tmp_path,
+        "base",
+        "seed: 3\ntrain_source: {steps: 10, batch_size: 2}\ndata: {sources: [{name: a, root: a}]}",
+    )
+    path = write(
+        tmp_path, "child", "extends: base.yaml\ntrain_source: {steps: 5}\ndata: {sources: []}"
+    )
+    recipe = load_recipe(path)
+    assert recipe.name == "child"
+    assert (recipe.seed, recipe.train_source.steps, recipe.train_source.batch_size) == (3, 5, 2)
+    assert recipe.data.sources == ()
+
+
+def test_overrides_reach_values_sections_and_list_entries(tmp_path):
+    path = write(tmp_path, "r", "data: {sources: [{name: a, root: a}]}")
+    recipe = load_recipe(
+        path, ["train_source.optimiser.lr=0.5", "data.sources.0.root=/b", "self_train.ema=null"]
+    )
+    assert recipe.train_source.optimiser.lr == 0.5
+    assert recipe.data.sources[0].root == "/b"
+    assert recipe.self_train.ema is None
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        ("", ["train_source.stps=3"], r"unknown key 'train_source.stps'; did you mean 'steps'"),
+        ("", ["trainsource.steps=3"], r"unknown key 'trainsource'; did you mean 'train_source'"),
+        ("", ["train_source.steps=many"], r"train_source.steps = 'many': input should be a valid"),
+        ("", ["train_source.steps=-1"], r"greater than 0"),
+        ("", ["train_source.steps"], r"expected dotted.key=value"),
+        ("", ["seed.x=1"], r"seed"),
+        ("", ["data.sources.4.root=x"], r"'4' is no entry of a list of 0"),
+        ("", ["seed=[1"], r"no YAML"),
+        ("data: {sources: [{name: a, rot: b}]}", [], r"data.sources.0.rot'; did you mean 'root'"),
+        ("extends: missing.yaml", [], r"missing.yaml' is not there"),
+        ("- a list", [], r"mapping of sections"),
+        ("legs: {a: {refine.pionts: 3}}", [], r"leg 'a' .*'refine.pionts'; did you mean 'points'"),
+        ("rounds: {overrides: {1: {refine.points: 0}}}", [], r"round 1 .*refine.points = 0"),
+        ("legs: {'a b': {}}", [], r"letters, digits"),
+        ("segmenter: {decoder: {width: 30}}", [], r"decoder.width 30"),
+    ],
+)
+def test_mistakes_are_named_with_place_and_way_out(tmp_path, text, overrides, said):
+    path = write(tmp_path, "r", text or "seed: 1\ndata: {sources: []}")
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(path, overrides)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'camvid'"):
+        load_recipe("camvit")
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path):
+    write(tmp_path, "a", "extends: b.yaml")
+    path = write(tmp_path, "b", "extends: a.yaml")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_recipe(path)
+
+
+def test_merge_does_not_change_its_arguments():
+    base = {"a": {"b": 1}}
+    assert merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
+    assert base == {"a": {"b": 1}}
+
+
+def test_legs_own_what_they_change_and_share_the_rest():
+    recipe = load_recipe("camvid", ["rounds.count=2"])
+    names = list(build(recipe))
+    assert "refine@1" in names, "round 1 is labelled by the source model, the same for all legs"
+    assert "refine@1#raw" not in names
+    assert {"pseudo_label@2#raw", "pseudo_label@2#refined"} <= set(names)
+    assert {"evaluate@0", "evaluate@1#control", "evaluate@2#refined"} <= set(names)
+    control = build(recipe)["self_train@1#control"]
+    assert {entry.role for entry in control.inputs} == {"sources", "labelspace", "teacher"}
+    refined = build(recipe)["self_train@2#refined"]
+    assert {entry.instance for entry in refined.inputs if entry.role == "teacher"} == {
+        "self_train@1#refined"
+    }
+
+
+def test_a_stage_without_round_means_its_last():
+    instances = build(load_recipe("camvid", ["rounds.count=2"]))
+    assert [i.name for i in select(instances, stage="select", leg="raw")] == ["select@2#raw"]
+    assert [i.name for i in select(instances, stage="train_source")] == ["train_source"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"stage": "refin"}, "did you mean 'refine'"),
+        ({"stage": "refine", "round": 7}, "it has rounds 1"),
+        ({"stage": "prepare", "round": 1}, "it runs once"),
+        ({"stage": "self_train", "leg": "refind"}, "did you mean 'refined'"),
+        ({"round": 1}, "--round goes with --stage"),
+        ({"stage": "refine", "from_stage": "prepare"}, "does not go with"),
+        ({"from_stage": "report", "until_stage": "prepare"}, "selects nothing"),
+    ],
+)
+def test_wrong_selections_are_explained(chosen, said):
+    with pytest.raises(ConfigError, match=said):
+        select(build(load_recipe("camvid")), **chosen)
