@@ -94,12 +94,9 @@ def run(
 
 
 def _jobs(data: DataConfig, space: LabelSpace, world: Path | None) -> Iterator[_Job]:
+    _refuse_same_names(data)
     for role in ROLES:
-        datasets = getattr(data, role)
-        twice = [name for name, n in Counter(entry.name for entry in datasets).items() if n > 1]
-        if twice:
-            raise ValueError(f"data.{role}: two data sets are called {twice[0]!r}: rename one.")
-        for dataset in datasets:
+        for dataset in getattr(data, role):
             root = dataset_root(dataset, data.root, world)
             listing = list_pairs(dataset, root, role=role, labelled=role != "unlabelled")
             yield _Job(
@@ -109,6 +106,22 @@ def _jobs(data: DataConfig, space: LabelSpace, world: Path | None) -> Iterator[_
                 listing=listing,
                 id_map=_id_map(dataset, listing, space),
             )
+
+
+def _refuse_same_names(data: DataConfig) -> None:
+    """A name stands in ids and tables, so it must mean one folder and split in the whole recipe."""
+    seen: dict[str, tuple[str, DatasetConfig]] = {}
+    for role in ROLES:
+        for dataset in getattr(data, role):
+            first_role, first = seen.setdefault(dataset.name, (role, dataset))
+            what = (dataset.layout, dataset.root, dataset.split)
+            if first is not dataset and (
+                first_role == role or what != (first.layout, first.root, first.split)
+            ):
+                raise ValueError(
+                    f"two data sets are called {dataset.name!r} (data.{first_role} and "
+                    f"data.{role}): rename one."
+                )
 
 
 def _id_map(dataset: DatasetConfig, listing: Listing, space: LabelSpace) -> IdMap | None:

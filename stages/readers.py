@@ -274,12 +274,14 @@ _COLOUR_16 = (b"\x10\x02", b"\x10\x06")
 
 
 def _read_png16(path: Path) -> np.ndarray:
-    # Deferred: only SYNTHIA needs it, and preparing data otherwise runs without torch.
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
-
-    content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    try:
-        return decode_png(content, ImageReadMode.UNCHANGED)[0].numpy()
-    except RuntimeError as error:
-        raise CorruptFileError(f"{path}: the label cannot be read ({error})") from error
+    """The first channel. Pillow keeps one byte of two, so the file is read as either byte order."""
+    halves = []
+    for order in ("B", "L"):
+        with _open(path) as image:
+            tile = image.tile[0]
+            image.tile = [tile._replace(args=tile.args.replace(";16B", f";16{order}"))]
+            try:
+                halves.append(np.asarray(image)[..., 0].astype(np.uint16))
+            except (OSError, ValueError, SyntaxError, struct.error) as error:
+                raise CorruptFileError(f"{path}: the label cannot be read ({error})") from error
+    return halves[0] << 8 | halves[1]
