@@ -1,6 +1,6 @@
 """Train the miniature's CLIP on rendered streets: crops against captions, words against patches.
 
-    python flows/miniature.py --stage pretrain_clip
+python flows/miniature.py --stage pretrain_clip
 """
 
 import random
@@ -118,9 +118,7 @@ def _losses(
     step: int,
 ) -> dict[str, torch.Tensor]:
     whole, crops, rng = views_of_step(config, step)
-    words = [
-        rng.choice(TEMPLATES).format(rng.choice(m.WORDS[label])) for label in lessons.LABELS
-    ]
+    words = [rng.choice(TEMPLATES).format(rng.choice(m.WORDS[label])) for label in lessons.LABELS]
     texts = clip_network.tokenize(tokenizer, [view.caption for view in crops] + words)
     # 1. Text: the crops' captions and one wording of every word.
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):

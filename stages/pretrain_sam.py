@@ -1,6 +1,6 @@
 """Train the miniature's SAM on rendered streets: points, boxes and masks as prompts, in two rounds.
 
-    python flows/miniature.py --stage pretrain_sam
+python flows/miniature.py --stage pretrain_sam
 """
 
 import json
@@ -91,7 +91,9 @@ def _losses(sam: Sam, config: PretrainSamConfig, step: int) -> dict[str, torch.T
             ious.append(kept.mean())
             if lesson.masks_PHW is not None:
                 hints = torch.from_numpy(lesson.hints_PHW)
-                gains.append((kept - sam_lessons.iou(hints[:, None], targets[:, None])[:, 0]).mean())
+                gains.append(
+                    (kept - sam_lessons.iou(hints[:, None], targets[:, None])[:, 0]).mean()
+                )
     found = {"total": total, "iou": torch.stack(ious).mean()}
     found["mask_gain"] = torch.stack(gains).mean() if gains else found["iou"] * 0
     return found

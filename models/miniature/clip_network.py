@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from open_clip.model import CLIP
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 CONTEXT_LENGTH = 48
