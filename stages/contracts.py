@@ -158,6 +158,10 @@ def _uses_pictures(recipe: Any, _round: int) -> bool:
     return recipe.self_train.labels != "none"
 
 
+def _trains(recipe: Any, _round: int) -> bool:
+    return bool(recipe.data.sources)
+
+
 def _in_rounds(recipe: Any) -> bool:
     return recipe.rounds.count > 0
 
@@ -238,7 +242,7 @@ CONTRACTS: tuple[Contract, ...] = (
         verb="stages.write_prompts",
         does="Have a language model write scene descriptions.",
         sections=("write_prompts",),
-        needs=(_LABELSPACE,),
+        needs=(_LABELSPACE, Need(role="sources", stage="prepare", part="sources", when=_trains)),
         rounds=_fresh_pictures,
         numeric=True,
         weights=("write_prompts.model",),
