@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils.logging import disable_progress_bar
+from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
@@ -32,6 +33,8 @@ from models.hub import Source, find_model
 
 RANDOM = "random"
 """Model reference of a tiny Stable Diffusion with seeded random weights."""
+NUM_MERGES = 4000
+"""Merges of CLIP's vocabulary that the tiny model's tokenizer has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,7 @@ def _scheduler_class(name: str) -> Any:
 def save_random_painter(folder: Path, *, seed: int) -> None:
     """Save a tiny Stable Diffusion of the libraries' real classes with seeded random weights."""
     _quiet()
-    tokenizer = _byte_tokenizer()
+    tokenizer = _small_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionPipeline(
@@ -245,10 +248,14 @@ def _tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def _byte_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer over single bytes, without a merge list."""
+def _small_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer cut down to its first merges (the commonest words stay whole)."""
+    merges = list(SimpleTokenizer().bpe_ranks)[:NUM_MERGES]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [*letters, *(letter + "</w>" for letter in letters)]
+    symbols += [left + right for left, right in merges]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=[tuple(pair) for pair in merges], model_max_length=77
+    )

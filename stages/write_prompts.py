@@ -255,41 +255,29 @@ def _from_bank(
     distinct: Distinct,
 ) -> Iterator[tuple[int, Accepted]]:
     """For every ask without a text the unused shipped prompt that fits it best."""
-    unused = {prompt: named_classes(prompt.text, _words_of(space)) for prompt in _bank()}
+    bank, words_of = load_bank(), _words_of(space)
+    unused = {place: named_classes(prompt.text, words_of) for place, prompt in enumerate(bank)}
     for ask in plan:
         if ask.number in accepted:
             continue
-        ranked = sorted(unused, key=lambda prompt: _fit(ask, prompt, unused[prompt]), reverse=True)
-        prompt = next((entry for entry in ranked if distinct.problem(entry.text) is None), None)
-        if prompt is None:
+        fits = sorted(unused, key=lambda place: _misfit(ask, bank[place], unused[place], place))
+        best = next((place for place in fits if distinct.problem(bank[place].text) is None), None)
+        if best is None:
             raise ValueError(
-                f"the shipped bank ({len(load_bank())} prompts) is used up before all {len(plan)} "
+                f"the shipped bank ({len(bank)} prompts) is used up before all {len(plan)} "
                 "prompts of write_prompts.num_prompts are there: ask for fewer, or for more "
                 "attempts of a better model (write_prompts.max_attempts, write_prompts.model)."
             )
-        distinct.add(prompt.text)
-        named = unused.pop(prompt)
-        found = Accepted(text=prompt.text, seed=None, attributes=prompt.attributes, classes=named)
-        yield ask.number, found
+        text, attributes = bank[best].text, bank[best].attributes
+        distinct.add(text)
+        named = unused.pop(best)
+        yield ask.number, Accepted(text=text, seed=None, attributes=attributes, classes=named)
 
 
-def _bank() -> list["_Shipped"]:
-    return [
-        _Shipped(place=place, text=prompt.text, attributes=prompt.attributes)
-        for place, prompt in enumerate(load_bank())
-    ]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Shipped(BankPrompt):
-    place: int
-    """In the bank."""
-
-
-def _fit(ask: Ask, prompt: _Shipped, named: Sequence[str]) -> tuple[int, int, int]:
-    """How well a shipped prompt fits an ask: classes named first, then scene, then bank order."""
+def _misfit(ask: Ask, prompt: BankPrompt, named: Sequence[str], place: int) -> tuple[int, int, int]:
+    """Order of shipped prompts for an ask: most of its classes, then its scene, then bank order."""
     scene = sum(ask.attributes.get(name) == value for name, value in prompt.attributes.items())
-    return len(set(named) & set(ask.classes)), scene, -prompt.place
+    return -len(set(named) & set(ask.classes)), -scene, place
 
 
 def _row(number: int, found: Accepted, *, model: str, untrained: bool) -> Row:
