@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from time import monotonic, sleep
 
 import pytest
 import torch
@@ -19,7 +18,9 @@ from torch.nn import functional as F
 from models.build import build_segmenter
 from models.ema import Ema
 from models.segmenter import Segmenter
+from stages import train_source
 from stages.config import OptimiserConfig
+from stages.contracts import Progress
 from stages.devices import device_for
 from stages.training import (
     Checkpoints,
@@ -30,7 +31,7 @@ from stages.training import (
     learning_rate_factor,
     trained_tensors,
 )
-from tests.tiny import SEGMENTER, Told
+from tests.tiny import SEGMENTER, Told, stage_config, tiny_recipe, write_labelspace, write_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -346,54 +347,58 @@ def test_metrics_drop_later_lines_and_a_line_cut_off(tmp_path):
     assert metrics.path.read_text() == '{"step": 1}\n'
 
 
-TRAIN_A_SEGMENTER = """
-    import sys
-    from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
-    from stages import train_source
-    from tests.tiny import *
-
-    class Lines(Told):
-        def advance(self, count=1, **metrics):
-            print("advanced", flush=True)
-
-    world, out, dropout = Path(sys.argv[1]), Path(sys.argv[2]), 0.0
+def train_a_segmenter(world: Path, out: Path, progress: Progress) -> None:
     recipe = tiny_recipe(train_source={"steps": 14, "checkpoint_every": 3})
     train_source.run(
-        stage_config(recipe, "train_source"), out=out, progress=Lines(),
-        sources=world / "sources", labelspace=world / "labelspace",
+        stage_config(recipe, "train_source"),
+        out=out,
+        progress=progress,
+        sources=world / "sources",
+        labelspace=world / "labelspace",
     )
+
+
+TRAIN_IN_A_PROCESS = """
+    import os, random, signal, sys
+    from pathlib import Path
+    from threading import Timer
+    import torch
+    from tests.test_stages_training import train_a_segmenter
+    from tests.tiny import Told
+
+    class Dying(Told):
+        def advance(self, count=1, **metrics):
+            super().advance(count)
+            if self.advanced == die_after:
+                Timer(random.random() * 0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    die_after = int(sys.argv[3])
+    torch.set_num_threads(1)
+    train_a_segmenter(Path(sys.argv[1]), Path(sys.argv[2]), Dying())
 """
 
 
-def start_training(world: Path, out: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAIN_A_SEGMENTER), str(world), str(out)],
+def train_in_a_process(world: Path, out: Path, *, die_after: int) -> int:
+    """The exit code."""
+    code = textwrap.dedent(TRAIN_IN_A_PROCESS)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(world), str(out), str(die_after)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+        timeout=120,
+    ).returncode
 
 
 def test_training_killed_at_a_random_step_ends_with_the_same_files(tmp_path):
-    from tests.tiny import write_labelspace, write_sources
-
     world = tmp_path / "world"
     write_sources(world / "sources", data=world / "data")
     write_labelspace(world / "labelspace")
-    assert start_training(world, tmp_path / "whole").wait(60) == 0
+    train_a_segmenter(world, tmp_path / "whole", Told())
 
-    kill_after = random.randint(1, 13)
-    victim = start_training(world, tmp_path / "cut")
-    for _ in range(kill_after):
-        assert victim.stdout.readline() == "advanced\n"
-    sleep(random.random() * 0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait(10)
+    kill_after = random.randint(1, 9)
+    died = train_in_a_process(world, tmp_path / "cut", die_after=kill_after)
+    assert died == -signal.SIGKILL
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    deadline = monotonic() + 60
-    assert start_training(world, tmp_path / "cut").wait(deadline - monotonic()) == 0
+    assert train_in_a_process(world, tmp_path / "cut", die_after=-1) == 0
 
     for name in ("model.safetensors", "ema.safetensors", "checkpoint.json"):
         whole, cut = ((tmp_path / which / name).read_bytes() for which in ("whole", "cut"))
