@@ -199,32 +199,24 @@ def _no_options(_parser: argparse.ArgumentParser) -> None:
 
 
 def _engine(arguments: argparse.Namespace) -> tuple[Engine, list[Instance]]:
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    engine = Engine(
-        recipe=recipe,
-        store=Store(Path(arguments.artifacts)),
-        force=frozenset(arguments.force),
-        command=_typed(arguments),
-    )
-    chosen = select(
-        engine.instances,
-        stage=arguments.stage,
-        round=arguments.round,
-        leg=arguments.leg,
-        from_stage=arguments.from_stage,
-        until_stage=arguments.until_stage,
-    )
-    return engine, chosen
+    from flows.runs import arrange
+
+    return arrange(**_parameters(arguments))
 
 
-def _typed(arguments: argparse.Namespace) -> str:
-    """The command that stands before `--stage` in advice, with this call's recipe and settings."""
-    words = ["python flows/clouds.py", "--recipe", arguments.recipe]
-    for override in arguments.overrides:
-        words += ["--set", f"'{override}'" if " " in override else override]
-    if arguments.artifacts != "artifacts":
-        words += ["--artifacts", arguments.artifacts]
-    return " ".join(words)
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a run is named by: the parameters of the Prefect flow too."""
+    return {
+        "recipe": arguments.recipe,
+        "artifacts": arguments.artifacts,
+        "stage": arguments.stage,
+        "round": arguments.round,
+        "leg": arguments.leg,
+        "overrides": arguments.overrides,
+        "force": arguments.force,
+        "from_stage": arguments.from_stage,
+        "until_stage": arguments.until_stage,
+    }
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -232,19 +224,9 @@ def _run(arguments: argparse.Namespace) -> int:
     runner, why = _choose_runner(arguments.runner)
     console.say(f"recipe {engine.recipe.name}, runner {runner} ({why})")
     if runner == "prefect":
-        from flows.prefect_flow import clouds
+        from flows.prefect_flow import run_here
 
-        clouds(
-            recipe=arguments.recipe,
-            artifacts=arguments.artifacts,
-            stage=arguments.stage,
-            round=arguments.round,
-            leg=arguments.leg,
-            overrides=arguments.overrides,
-            force=arguments.force,
-            from_stage=arguments.from_stage,
-            until_stage=arguments.until_stage,
-        )
+        console.run_finished(engine, run_here(**_parameters(arguments)))
         return EXIT_OK
     from flows.runs import run
     from stages.launch import execute

@@ -405,13 +405,13 @@ class Engine:
         started, clock = _now(), time.perf_counter()
         try:
             summary = execute(self.spec(instance, staging), told, lock)
-        except (KeyboardInterrupt, SystemExit):
-            told.save()
-            raise
         except Exception as error:
             told.save()
             kept = self._keep_failure(name, key, error)
             raise StageError(name, error, kept) from error
+        except BaseException:  # Ctrl-C, exit, or Prefect's signal that the run was cancelled
+            told.save()
+            raise
         manifest = {
             "instance": name,
             "stage": instance.stage,

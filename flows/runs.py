@@ -5,13 +5,59 @@ The same procedure serves the command line and the Prefect flow; only listener a
 
 import datetime
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flows.check import preflight
 from flows.engine import Engine, Executor, Listener, Result, StageError
-from flows.pipeline import Instance
+from flows.pipeline import Instance, select
+from flows.recipes import load_recipe
+from flows.store import Store
+
+
+def arrange(
+    *,
+    recipe: str,
+    artifacts: str,
+    overrides: Sequence[str] = (),
+    force: Sequence[str] = (),
+    **selection: Any,
+) -> tuple[Engine, list[Instance]]:
+    """The engine and the selected instances that a command or a flow's parameters name.
+
+    Args:
+        recipe: a shipped recipe's name, or a file.
+        artifacts: the folder of all artifacts.
+        overrides: "dotted.key=value" each.
+        force: stages to run even if they are done.
+        selection: stage, round, leg, from_stage, until_stage of `flows.pipeline.select`.
+
+    Raises:
+        ConfigError: anything of this is unknown or wrong.
+    """
+    engine = Engine(
+        recipe=load_recipe(recipe, overrides),
+        store=Store(Path(artifacts)),
+        force=frozenset(force),
+        command=_typed(recipe, artifacts, overrides),
+    )
+    return engine, select(engine.instances, **selection)
+
+
+def _typed(recipe: str, artifacts: str, overrides: Sequence[str]) -> str:
+    """The command that stands before `--stage` in advice, with this run's recipe and settings."""
+    words = ["python flows/clouds.py", "--recipe", recipe]
+    for override in overrides:
+        words += ["--set", f"'{override}'" if " " in override else override]
+    if artifacts != "artifacts":
+        words += ["--artifacts", artifacts]
+    return " ".join(words)
+
+
+def _directly(_instance: Instance, run_it: Callable[[], Result]) -> Result:
+    return run_it()
 
 
 def run(
@@ -21,8 +67,17 @@ def run(
     listener: Listener,
     execute: Executor,
     overrides: Sequence[str] = (),
+    around: Callable[[Instance, Callable[[], Result]], Result] = _directly,
 ) -> dict[str, Any]:
     """Run the selected instances; what is done already is skipped.
+
+    Args:
+        engine: of the recipe.
+        selected: the instances, in running order.
+        listener: told what happens.
+        execute: runs a stage, in this process or a child.
+        overrides: for the record.
+        around: calls what runs an instance (again, if a retry is worth it), for example as a task.
 
     Returns:
         The run's record, as written to `artifacts/runs/`.
@@ -38,7 +93,8 @@ def run(
     record = _new_record(engine, overrides)
     try:
         for instance in selected:
-            result = engine.run_one(instance, listener=listener, execute=execute)
+            run_it = partial(engine.run_one, instance, listener=listener, execute=execute)
+            result = around(instance, run_it)
             note_result(record, engine, result)
             if not result.cached:
                 engine.store.write_run(record)
@@ -47,7 +103,10 @@ def run(
         record["status"] = "failed"
         record["failed"] = error.instance
         raise
-    except KeyboardInterrupt:
+    except Exception:
+        record["status"] = "failed"
+        raise
+    except BaseException:  # Ctrl-C, or Prefect's signal that the run was cancelled
         record["status"] = "interrupted"
         raise
     finally:
