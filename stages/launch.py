@@ -56,6 +56,10 @@ class StageFailed(RuntimeError):
     """A stage's process ended without a result, or by an error that is our own mistake."""
 
 
+class StageKilled(StageFailed):
+    """A signal ended a stage's process, for want of memory perhaps."""
+
+
 def execute(spec: Spec, progress: Progress) -> Summary:
     """Run the stage that `spec` describes, in this process.
 
@@ -206,7 +210,7 @@ class _Watch:
                 self.open_streams.discard(name)
             elif (summary := self._take(name, line)) is not None:
                 return summary
-        raise StageFailed(self._obituary())
+        raise self._obituary()
 
     def _take(self, name: str, line: str) -> Summary | None:
         event = _event(line) if name == "out" else None
@@ -235,14 +239,14 @@ class _Watch:
             f"{self.stage} failed: {event['kind']}: {event['message']}\n{event['traceback']}"
         )
 
-    def _obituary(self) -> str:
+    def _obituary(self) -> StageFailed:
         code = self.child.wait()
-        how = f"exit code {code}"
+        kind, how = StageFailed, f"exit code {code}"
         if code < 0:
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            how = f"signal {signal.Signals(-code).name}{hint}"
+            kind, how = StageKilled, f"signal {signal.Signals(-code).name}{hint}"
         words = "\n".join(self.last_words) or "(it printed nothing)"
-        return (
+        return kind(
             f"{self.stage}: its process ended by {how} before it was done; it last said:\n{words}"
         )
 
