@@ -224,6 +224,7 @@ def _run(arguments: argparse.Namespace) -> int:
     runner, why = _choose_runner(arguments.runner)
     console.say(f"recipe {engine.recipe.name}, runner {runner} ({why})")
     if runner == "prefect":
+        os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "stages,models,flows")
         from flows.prefect_flow import run_here
 
         console.run_finished(engine, run_here(**_parameters(arguments)))
