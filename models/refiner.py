@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -279,11 +280,16 @@ def _read_state(file: Path) -> Mapping[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split("\n")[0][:200]
         raise ValueError(
-            f"refine.weights: {file} cannot be read as a checkpoint ({error}); is it whole?"
+            f"refine.weights: {file} cannot be read as a checkpoint of plain tensors ({reason}); "
+            "is it whole?"
         ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"refine.weights: {file} holds a {type(state).__name__}, not tensors.")
+    return state
 
 
 def _load_strictly(sam: Sam, state: Mapping[str, torch.Tensor], *, model: str, file: Path) -> None:

@@ -1,0 +1,92 @@
+"""The painter: a real (tiny, random) Stable Diffusion through diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from models.painter import known_schedulers, load_painter, save_random_painter
+
+HOW = {"height": 64, "width": 128, "steps": 2, "guidance": 1.0}
+PROMPTS = ["A street at dusk.", "A foggy road with a bus."]
+
+
+@pytest.fixture(scope="module")
+def painter():
+    torch.set_num_threads(1)
+    return load_painter("random", seed=3)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other).max())
+
+
+def test_pictures_are_rgb_bytes_of_the_size_asked_for(painter):
+    pictures = painter.paint(PROMPTS, seeds=[1, 2], **HOW)
+    assert [(picture.shape, picture.dtype) for picture in pictures] == [
+        ((64, 128, 3), np.uint8)
+    ] * 2
+    assert all(picture.std() > 1 for picture in pictures)
+
+
+@pytest.mark.parametrize("scheduler", [None, "EulerAncestralDiscreteScheduler"])
+def test_a_picture_depends_on_its_own_seed_and_not_on_its_batch_mates(scheduler):
+    painter = load_painter("random", seed=3, scheduler=scheduler)
+    together = painter.paint(PROMPTS, seeds=[1, 2], **HOW)
+    (alone,) = painter.paint(PROMPTS[1:], seeds=[2], **HOW)
+    assert difference(alone, together[1]) <= 1  # rounding, by batch size
+    swapped = painter.paint(PROMPTS[::-1], seeds=[2, 1], **HOW)
+    assert difference(swapped[0], together[1]) <= 1
+
+
+def test_the_same_seed_paints_the_same_and_another_seed_another(painter):
+    one, same = (painter.paint(PROMPTS, seeds=[1, 2], **HOW) for _ in range(2))
+    other = painter.paint(PROMPTS, seeds=[1, 3], **HOW)
+    assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
+    assert difference(one[1], other[1]) > 10
+
+
+def test_the_negative_prompt_matters_under_guidance(painter):
+    how = HOW | {"guidance": 9.0}
+    (plain,) = painter.paint(PROMPTS[:1], seeds=[1], **how)
+    (other,) = painter.paint(PROMPTS[:1], seeds=[1], negative_prompt="blurred cars", **how)
+    assert difference(plain, other) > 0
+
+
+def test_a_scheduler_is_chosen_by_its_class_name(painter):
+    assert painter.scheduler == "DDIMScheduler"
+    chosen = load_painter("random", scheduler="DPMSolverMultistepScheduler")
+    assert chosen.scheduler == "DPMSolverMultistepScheduler"
+    assert {"DDIMScheduler", "DPMSolverMultistepScheduler"} <= set(known_schedulers())
+
+
+def test_an_unknown_scheduler_is_refused_with_the_nearest_names():
+    with pytest.raises(ValueError, match=r"'DDIMSheduler'; nearest: DDIMScheduler"):
+        load_painter("random", scheduler="DDIMSheduler")
+
+
+def test_a_folder_is_loaded_as_random_is_and_has_no_safety_checker(tmp_path, painter):
+    save_random_painter(tmp_path, seed=3)
+    loaded = load_painter(str(tmp_path))
+    assert isinstance(loaded.pipeline, StableDiffusionPipeline)
+    assert loaded.pipeline.safety_checker is None
+    assert painter.untrained
+    assert not loaded.untrained
+    ours, theirs = (p.paint(PROMPTS, seeds=[1, 2], **HOW) for p in (painter, loaded))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing"):
+        load_painter(str(tmp_path))
+
+
+def test_an_unknown_hub_id_is_refused_and_says_what_to_fetch():
+    with pytest.raises(FileNotFoundError, match="hf download clouds-nobody/none"):
+        load_painter("clouds-nobody/none")
+
+
+@pytest.mark.parametrize("name", ["no such folder", "a/b/c"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(name):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        load_painter(name)
