@@ -109,9 +109,7 @@ class SetCriterion:
             ValueError: labels of another size, or with values that are no class.
         """
         labels_BHW = self._padded(labels_BHW, output)
-        if ignore_B is None and self.config.unlabelled == "ignore":
-            ignore_B = torch.ones(len(labels_BHW), dtype=torch.bool, device=labels_BHW.device)
-        handling = Handling(weights_B, ignore_B, whole)
+        handling = Handling(weights_B, self._ignored(ignore_B, labels_BHW), whole)
         with torch.autocast(labels_BHW.device.type, enabled=False):
             if output.pixel_logits_BKHW is not None:
                 logits_BKHW = output.pixel_logits_BKHW.float()
@@ -128,6 +126,14 @@ class SetCriterion:
                 )
                 losses["total"] = losses["total"] + self.config.text_weight * losses["loss_text"]
         return losses
+
+    def _ignored(
+        self, ignore_B: torch.Tensor | None, labels_BHW: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Images whose unlabelled pixels are left out: as given, or as configured for all."""
+        if ignore_B is None and self.config.unlabelled == "ignore":
+            return torch.ones(len(labels_BHW), dtype=torch.bool, device=labels_BHW.device)
+        return ignore_B
 
     def _padded(self, labels_BHW: torch.Tensor, output: SegmenterOutput) -> torch.Tensor:
         if tuple(labels_BHW.shape[-2:]) != tuple(output.image_size):
@@ -216,8 +222,9 @@ class SetCriterion:
             labels_BHW: label maps that cover the same area as the masks.
             present: classes of each image.
             draws: random points; `matching` is used.
-            ignore_B: images whose unlabelled pixels are left out; None: no image's.
+            ignore_B: images whose unlabelled pixels are left out; None: as configured.
         """
+        ignore_B = self._ignored(ignore_B, labels_BHW)
         costs_LBQK = torch.stack(
             [
                 self._costs(
@@ -257,14 +264,15 @@ class SetCriterion:
         # Cross-entropy is softplus(x) - x t: the first part is the same for every class.
         entropy_BQP = F.softplus(logits_BQP)
         if ignore_B is not None:
-            valid_B1P = 1 - shares[:, -1:] * ignore_B[:, None, None]
+            labelled_B1P = shares[:, :-1].sum(1, keepdim=True)
+            valid_B1P = torch.where(ignore_B[:, None, None], labelled_B1P, 1)
             count = valid_B1P.sum(-1, keepdim=True).clamp(min=1e-6)
-            entropy_BQP, probabilities_BQP = entropy_BQP * valid_B1P, probabilities_BQP * valid_B1P
+            entropy_BQP, covered_BQP = entropy_BQP * valid_B1P, probabilities_BQP * valid_B1P
         else:
-            count = points_BP2.shape[1]
+            count, covered_BQP = points_BP2.shape[1], probabilities_BQP
         entropy = (entropy_BQP.sum(-1, keepdim=True) - logits_BQP @ targets_BPK) / count
         overlap = probabilities_BQP @ targets_BPK
-        total = probabilities_BQP.sum(-1, keepdim=True) + targets_BPK.sum(1, keepdim=True)
+        total = covered_BQP.sum(-1, keepdim=True) + targets_BPK.sum(1, keepdim=True)
         dice = 1 - (2 * overlap + 1) / (total + 1)
         classes = -prediction.class_logits_BQK1.float().softmax(-1)[..., :-1]
         c = self.config
@@ -317,9 +325,11 @@ class SetCriterion:
             targets_NP = sample_label_masks(labels_BHW, images, classes, points)
             valid_NP = None
             if handling.ignore_B is not None:
-                unlabelled = torch.full_like(classes, IGNORE)
-                unlabelled_NP = sample_label_masks(labels_BHW, images, unlabelled, points)
-                valid_NP = 1 - unlabelled_NP * handling.ignore_B[images, None]
+                labelled_BHW = (labels_BHW != IGNORE).to(torch.uint8)
+                labelled_NP = sample_label_masks(
+                    labelled_BHW, images, torch.ones_like(classes), points
+                )
+                valid_NP = torch.where(handling.ignore_B[images, None], labelled_NP, 1)
         entropy_N = mask_entropy(logits_NP, targets_NP, valid_NP)
         dice_N = dice_loss(logits_NP, targets_NP, valid_NP)
         if handling.weights_B is not None:
@@ -358,22 +368,28 @@ def present_classes(labels_BHW: torch.Tensor, classes: int) -> list[list[int]]:
 def mask_entropy(
     logits_NP: torch.Tensor, targets_NP: torch.Tensor, valid_NP: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Binary cross-entropy of each mask, mean over its (valid) points, [N]."""
-    entropy = F.binary_cross_entropy_with_logits(logits_NP, targets_NP, reduction="none")
+    """Binary cross-entropy of each mask, mean over its points, [N].
+
+    Args:
+        logits_NP: predicted logits at points.
+        targets_NP: bilinear share of the mask's pixels around each point.
+        valid_NP: bilinear share of labelled pixels, at least the target's; None: all.
+    """
     if valid_NP is None:
+        entropy = F.binary_cross_entropy_with_logits(logits_NP, targets_NP, reduction="none")
         return entropy.mean(1)
-    return (entropy * valid_NP).sum(1) / valid_NP.sum(1).clamp(min=1e-6)
+    entropy = F.softplus(logits_NP) * valid_NP - logits_NP * targets_NP
+    return entropy.sum(1) / valid_NP.sum(1).clamp(min=1e-6)
 
 
 def dice_loss(
     logits_NP: torch.Tensor, targets_NP: torch.Tensor, valid_NP: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Dice loss of each mask over its (valid) points, smoothed by 1, [N]."""
+    """Dice loss of each mask over its points, smoothed by 1, [N]; arguments as above."""
     probabilities = logits_NP.sigmoid()
-    if valid_NP is not None:
-        probabilities, targets_NP = probabilities * valid_NP, targets_NP * valid_NP
     overlap = 2 * (probabilities * targets_NP).sum(1)
-    return 1 - (overlap + 1) / (probabilities.sum(1) + targets_NP.sum(1) + 1)
+    covered = probabilities if valid_NP is None else probabilities * valid_NP
+    return 1 - (overlap + 1) / (covered.sum(1) + targets_NP.sum(1) + 1)
 
 
 def pixel_loss(
