@@ -155,7 +155,9 @@ def _score_dataset(
             if item.sample.id in shown:
                 rows.append(_keep(item, predicted_HW.cpu().numpy(), space, predictions))
         progress.advance(len(items))
-    return {**score.to_json(), "predictions": rows, "label_map": samples[0].label_map.name}
+    id_map = samples[0].label_map
+    label_map = id_map.name if id_map else None
+    return {**score.to_json(), "predictions": rows, "label_map": label_map}
 
 
 def _on(device: Device, array: np.ndarray) -> torch.Tensor:
