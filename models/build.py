@@ -297,9 +297,9 @@ def create_timm(name: str, tuning: TuningConfig, **options: Any) -> nn.Module:
             raise unknown(f"encoder.weights of {base} (no such file either)", tag, tags)
     if base.startswith(("vit_", "eva", "deit")):
         options = {"dynamic_img_size": True} | options
-    return timm.create_model(
-        name, num_classes=0, **({"drop_path_rate": tuning.drop_path} | options)
-    )
+    if tuning.drop_path:
+        options["drop_path_rate"] = tuning.drop_path
+    return timm.create_model(name, num_classes=0, **options)
 
 
 def wrap_timm(trunk: nn.Module, config: EncoderConfig, **normalisation: Any) -> Encoder:
