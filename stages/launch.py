@@ -231,13 +231,13 @@ class _Watch:
         return None
 
     def _error(self, event: Mapping[str, str]) -> Exception:
-        log.debug("%s: %s", self.stage, event["traceback"])
         known = USER_ERRORS.get(event["kind"])
         if known is not None:
-            return known(event["message"])
-        return StageFailed(
-            f"{self.stage} failed: {event['kind']}: {event['message']}\n{event['traceback']}"
-        )
+            error: Exception = known(event["message"])
+        else:
+            error = StageFailed(f"{self.stage} failed: {event['kind']}: {event['message']}")
+        error.add_note(f"In the stage's process:\n{event['traceback']}")
+        return error
 
     def _obituary(self) -> StageFailed:
         code = self.child.wait()
