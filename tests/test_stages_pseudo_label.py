@@ -1,0 +1,175 @@
+"""Stage pseudo_label: a real (tiny, random) segmenter labels pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.build import build_segmenter
+from models.checkpoints import load_segmenter, save_segmenter
+from models.inference import predict
+from stages import pseudo_label
+from stages.labels import IGNORE
+from stages.pseudo_label import label_of
+from stages.readers import read_image
+from stages.shards import read_index, shard_folders
+from tests.interruptions import Interrupted, Interrupting, digests
+from tests.tiny import CLASSES, SEGMENTER, Told, stage_config, tiny_recipe, write_pictures
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    segmenter = build_segmenter(SEGMENTER, class_names=list(CLASSES))
+    ema = {name: value * 1.5 for name, value in segmenter.trained_state().items()}
+    save_segmenter(folder, segmenter, label_space="tiny", step=0, ema=ema)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), num_pictures=5)
+
+
+def labelled(out, pictures, teacher, *, progress=None, **section):
+    out.mkdir(exist_ok=True)
+    how = {"batch_size": 2, "shard_size": 2} | section
+    summary = pseudo_label.run(
+        stage_config(tiny_recipe(pseudo_label=how), "pseudo_label", round=1),
+        out=out,
+        progress=progress or Told(),
+        pictures=pictures,
+        teacher=teacher,
+    )
+    return list(read_index(out)), json.loads((out / "statistics.json").read_text()), summary
+
+
+def maps_of(row):
+    label = np.asarray(Image.open(row["folder"] / row["label"]))
+    return label, np.asarray(Image.open(row["folder"] / row["confidence"]))
+
+
+@pytest.mark.parametrize("which", ["model", "ema"])
+def test_labels_and_confidences_are_the_segmenters_own(tmp_path, pictures, teacher, which):
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, weights=which, batch_size=1)
+    segmenter = load_segmenter(teacher, which=which)
+    originals = {row["id"]: read_image(row["folder"] / row["file"]) for row in read_index(pictures)}
+    for row in rows:
+        image = torch.from_numpy(originals[row["id"]].copy()).permute(2, 0, 1)[None]
+        scores = predict(segmenter, image)[0].double().numpy()
+        label, confidence = maps_of(row)
+        assert np.array_equal(label, scores.argmax(0))
+        share = scores.max(0) / scores.sum(0)
+        assert np.abs(confidence - share * 255).max() <= 0.51
+
+
+def test_rows_and_statistics_count_what_the_maps_hold(tmp_path, pictures, teacher):
+    rows, statistics, summary = labelled(tmp_path / "out", pictures, teacher)
+    total = np.zeros(256, int)
+    for row in rows:
+        label, confidence = maps_of(row)
+        counts = np.bincount(label.ravel(), minlength=256)
+        total += counts
+        assert row["classes"] == {str(k): int(counts[k]) for k in np.flatnonzero(counts)}
+        assert row["mean_confidence"] == pytest.approx(confidence.mean() / 255, abs=1e-6)
+        for key, mean in row["class_confidence"].items():
+            assert mean == pytest.approx(confidence[label == int(key)].mean() / 255, abs=1e-6)
+    assert {key: entry["pixels"] for key, entry in statistics["classes"].items()} == {
+        str(k): int(total[k]) for k in np.flatnonzero(total)
+    }
+    assert statistics["num_pictures"] == 5
+    assert summary.numbers["pictures"] == 5
+    assert (tmp_path / "out" / "checkpoint.json").read_bytes() == (
+        teacher / "checkpoint.json"
+    ).read_bytes()
+
+
+def test_unsure_pixels_get_no_label_under_a_threshold(tmp_path, pictures, teacher):
+    plain, _, _ = labelled(tmp_path / "plain", pictures, teacher)
+    shares = np.concatenate([maps_of(row)[1].ravel() for row in plain]) / 255
+    threshold = float(np.median(shares))
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, threshold=threshold)
+    for before, after in zip(plain, rows, strict=True):
+        (label, confidence), (cut, _) = maps_of(before), maps_of(after)
+        sure = confidence / 255 > threshold + 1 / 255
+        unsure = confidence / 255 < threshold - 1 / 255
+        assert np.array_equal(cut[sure], label[sure])
+        assert (cut[unsure] == IGNORE).all()
+        assert after["unlabelled"] == (cut == IGNORE).sum()
+    assert sum(row["unlabelled"] for row in rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "threshold", "label", "confidence"),
+    [
+        ([0.2, 0.6, 0.2], 0.0, 1, 153),
+        ([0.2, 0.6, 0.2], 0.61, IGNORE, 153),
+        ([0.4, 1.2, 0.4], 0.59, 1, 153),
+        ([0.0, 0.0, 0.0], 0.0, 0, 0),
+        ([0.0, 0.0, 3.0], 1.0, 2, 255),
+    ],
+)
+def test_confidence_is_the_best_classs_share_of_all_scores(scores, threshold, label, confidence):
+    found = label_of(torch.tensor(scores).view(1, 3, 1, 1), threshold=threshold)
+    assert [int(part) for part in found] == [confidence, label]
+
+
+def test_flipping_averages_with_the_mirrored_picture(tmp_path, pictures, teacher):
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, flip=True, batch_size=1)
+    segmenter = load_segmenter(teacher, which="ema")
+    source = next(read_index(pictures))
+    image = torch.from_numpy(read_image(source["folder"] / source["file"]).copy())
+    image = image.permute(2, 0, 1)[None]
+    both = predict(segmenter, image) + predict(segmenter, image.flip(3)).flip(3)
+    label, _ = maps_of(rows[0])
+    assert (label == both[0].argmax(0).numpy()).mean() > 0.999
+
+
+def test_pictures_of_several_sizes_are_labelled_at_their_own(tmp_path, teacher):
+    pictures = write_pictures(tmp_path / "pictures", num_pictures=4)
+    shard = pictures / "shard-00000"
+    for name, size in (("p1", (40, 70)), ("p3", (33, 65))):
+        Image.new("RGB", size[::-1], "gray").save(shard / f"{name}.png")
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, batch_size=4, shard_size=4)
+    sizes = {row["id"]: maps_of(row)[0].shape for row in rows}
+    assert (sizes["p1"], sizes["p3"]) == ((40, 70), (33, 65))
+    assert [row["id"] for row in rows] == ["p0", "p1", "p2", "p3"]
+
+
+def test_an_interrupted_run_ends_the_same(tmp_path, pictures, teacher):
+    labelled(tmp_path / "undisturbed", pictures, teacher)
+    with pytest.raises(Interrupted):
+        labelled(tmp_path / "out", pictures, teacher, progress=Interrupting(after=4))
+    assert len(shard_folders(tmp_path / "out")) == 1
+    told = Told()
+    labelled(tmp_path / "out", pictures, teacher, progress=told)
+    assert told.started == [(5, "pictures", 2)]
+    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
+
+
+def test_a_teacher_without_average_gives_its_own_weights_and_says_so(tmp_path, pictures, teacher):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("model.safetensors", "checkpoint.json"):
+        (plain / name).write_bytes((teacher / name).read_bytes())
+    told = Told()
+    _, statistics, _ = labelled(tmp_path / "out", pictures, plain, progress=told)
+    assert statistics["weights"] == "model"
+    assert "no moving average" in told.notes[0]
+
+
+def test_bad_input_is_refused_with_the_way_out(tmp_path, pictures, teacher):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="--stage synthesize"):
+        labelled(tmp_path / "a", empty, teacher)
+    with pytest.raises(FileNotFoundError, match="--stage train_source"):
+        labelled(tmp_path / "b", pictures, empty)
+    broken = write_pictures(tmp_path / "broken", num_pictures=2)
+    (broken / "shard-00000" / "p1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"p1\.png"):
+        labelled(tmp_path / "c", broken, teacher)
