@@ -43,9 +43,11 @@ class PretrainSamConfig(PretrainSection):
     """Learning rate of AdamW after the warm-up."""
     batch_size: int = Field(8, gt=0)
     """Pictures per update."""
-    num_prompts: int = Field(8, gt=0)
+    num_prompts: int = Field(6, gt=0)
     """Regions asked for per picture."""
-    second_round: float = Field(0.5, ge=0, le=1)
+    affinity_weight: float = Field(2.0, ge=0)
+    """Weight of the dense lesson in boundaries (`AffinityHead`)."""
+    second_round: float = Field(0.25, ge=0, le=1)
     """Share of the updates with a second decoding from the first one's mask and one more point."""
 
 
@@ -62,3 +64,28 @@ class PretrainClipConfig(PretrainSection):
     """Crops with captions per picture, for the contrastive loss."""
     word_weight: float = Field(1.0, ge=0)
     """Weight of the words-match-patches loss."""
+
+
+class MeasureMiniatureConfig(Section):
+    """Measure the miniature's CLIP and SAM on web pictures that no training saw."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of the judged pictures, of prompts and of heads."""
+    num_sam_pictures: int = Field(60, gt=0)
+    """Pictures per style for SAM."""
+    num_prompts: int = Field(6, gt=0)
+    """Regions asked for per picture and prompt type."""
+    num_source: int = Field(600, gt=0)
+    """Labelled source pictures on which heads learn."""
+    num_web_val: int = Field(150, gt=0)
+    """Web pictures on which heads are judged."""
+    head_steps: int = Field(350, gt=0)
+    """Updates of a head (and of the tower, where it learns from scratch)."""
+    batch_size: int = Field(16, gt=0)
+    """Source pictures per update."""
+    lr: float = Field(2e-3, gt=0)
+    """Learning rate of heads and towers."""
+    num_seeds: int = Field(1, gt=0)
+    """Heads trained per case."""
+    mask_gain: float = 0.15
+    """Least gain of masks over mask prompts, in IoU."""

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
+from torch import nn
 
 from models.miniature import sam_lessons
 from models.miniature.renderer import render
-from models.miniature.sam_lessons import Lesson
+from models.miniature.sam_lessons import AffinityHead, Lesson
 from models.miniature.sam_network import SIZES, build_sam
 from stages.contracts import Progress, Summary
 from stages.pretrain_config import PretrainSamConfig
@@ -31,9 +32,11 @@ def run(config: PretrainSamConfig, *, out: Path, progress: Progress) -> Summary:
     """
     torch.manual_seed(config.seed)
     sam = build_sam(SIZES)
-    sam.train()
+    head = AffinityHead(SIZES["prompt_embed_dim"])
+    both = nn.ModuleDict({"sam": sam, "head": head})
+    both.train()
     found = pretrain(
-        sam, lambda step: _losses(sam, config, step), config, out=out, progress=progress
+        both, lambda step: _losses(sam, head, config, step), config, out=out, progress=progress
     )
     sam.eval()
     save_sam(sam, out)
@@ -65,7 +68,9 @@ def lessons_of_step(config: PretrainSamConfig, step: int) -> list[Lesson]:
     return lessons
 
 
-def _losses(sam: Sam, config: PretrainSamConfig, step: int) -> dict[str, torch.Tensor]:
+def _losses(
+    sam: Sam, head: AffinityHead, config: PretrainSamConfig, step: int
+) -> dict[str, torch.Tensor]:
     lessons = lessons_of_step(config, step)
     generator = np.random.default_rng(item_seed(config.seed, "sam clicks", step))
     again = generator.random() < config.second_round
@@ -73,6 +78,7 @@ def _losses(sam: Sam, config: PretrainSamConfig, step: int) -> dict[str, torch.T
     total, ious, gains = torch.zeros(()), [], []
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         embeddings = sam_lessons.embed_images(sam, lessons)
+        affinity = head(embeddings, lessons)
         for embedding, lesson in zip(embeddings.split(1), lessons, strict=True):
             targets = torch.from_numpy(lesson.targets_PHW)
             outputs = sam_lessons.decode(sam, embedding, lesson)
@@ -94,6 +100,7 @@ def _losses(sam: Sam, config: PretrainSamConfig, step: int) -> dict[str, torch.T
                 gains.append(
                     (kept - sam_lessons.iou(hints[:, None], targets[:, None])[:, 0]).mean()
                 )
-    found = {"total": total, "iou": torch.stack(ious).mean()}
+    total = total + config.affinity_weight * affinity
+    found = {"total": total, "affinity": affinity, "iou": torch.stack(ious).mean()}
     found["mask_gain"] = torch.stack(gains).mean() if gains else found["iou"] * 0
     return found

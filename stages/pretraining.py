@@ -1,6 +1,7 @@
-"""The loop by which the miniature's networks are trained: step, log, save; resumable after any kill.
+"""The loop that trains the miniature's networks: step, log, save; resumable after any kill.
 
-Everything random of a step is a function of (seed, step), so weights, their average, the optimiser and the
+Everything random of a step is a function of (seed, step), so weights, their average, the optimiser
+and the
 step's number are all there is to save.
 """
 
@@ -31,7 +32,7 @@ def pretrain(
 ) -> dict[str, float]:
     """Train to `config.steps`, from the newest checkpoint in `out/state` where there is one.
 
-    The network holds the averaged weights afterwards; CPU seconds and the last metrics are returned.
+    The network holds the averaged weights afterwards. Returns CPU seconds and last metrics.
 
     Raises:
         TrainingError: a loss or the gradient is not finite; the update is not made.
@@ -110,8 +111,8 @@ def _update(
     if not all(map(math.isfinite, [*values.values(), float(norm)])):
         told = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise TrainingError(
-            f"update {step + 1} of {config.steps} was not made, its numbers are not finite: {told}; "
-            f"gradient norm {float(norm):g}. Lower the learning rate."
+            f"update {step + 1} of {config.steps} was not made, its numbers are not finite: "
+            f"{told}; gradient norm {float(norm):g}. Lower the learning rate."
         )
     optimizer.step()
     return values

@@ -2,7 +2,8 @@
 
     clouds --stage render_world --recipe miniature
 
-`source/` is laid out as GTA5, `targets/<name>/` and `web_val/` as Cityscapes, `web/` as a folder of pictures
+`source/` is laid out as GTA5, `targets/<name>/` and `web_val/` as Cityscapes, `web/` as a folder
+of pictures
 with `captions.jsonl`. Label files hold Cityscapes label ids.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from models.miniature import canvas as surface
@@ -43,7 +44,7 @@ def draw_vehicle(
     *,
     oncoming: bool,
 ) -> str:
-    """A car, truck, bus or tram along the road, its near end at depth z. Returns its colour's word."""
+    """A vehicle along the road, its near end at depth z. Returns its colour's word."""
     length, width, height = (rng.uniform(*bounds) for bounds in KINDS[label])
     word, paint = palettes.car_paint(rng, palette)
     entity = canvas.entity()
@@ -61,7 +62,7 @@ def draw_vehicle(
     flank_shows = not x0 < eye_x < x1
     shade = tuple(c * 0.82 for c in paint)
     body = canvas.part(label, shade, entity=entity, z=z + length / 2, face=surface.TOP)
-    for u0, u1 in zip(profile, profile[1:], strict=False):
+    for u0, u1 in itertools.pairwise(profile):
         canvas.world_polygon(
             (
                 (x0, u0[1] * height, z + u0[0] * length),

@@ -1,7 +1,9 @@
-"""A canvas of parts: every drawn polygon leaves the number of its part, a table says what a part is.
+"""A canvas of parts: polygons leave the numbers of parts, a table says what each part is.
 
-Drawing happens once, at twice the picture's size, with Pillow; labels, instances, colours, depth and light are
-then looked up by part. The inverse depth of a plane is affine in pixel coordinates, so three numbers
+Drawing happens once, at twice the picture's size, with Pillow; labels, instances, colours, depth
+and light are
+then looked up by part. The inverse depth of a plane is affine in pixel coordinates, so three
+numbers
 per part give every pixel its depth.
 """
 
@@ -22,7 +24,7 @@ PLAIN, ASPHALT, CONCRETE, BRICK, LEAVES, GRASS, METAL, CLOUD = range(8)
 """Kinds of surface texture."""
 
 GROUND, FRONT, LEFT_WALL, RIGHT_WALL, TOP = range(5)
-"""Orientations of a part towards the light; walls are named by the side of the road they stand on."""
+"""Orientations towards the light; walls are named by the side of the road they stand on."""
 
 NEAR_M = 0.6
 
@@ -117,7 +119,7 @@ class Canvas:
         return self._num_entities
 
     def ground_plane(self) -> tuple[float, float, float]:
-        """Inverse depth of the ground as (per column, per row, constant) from the vanishing point."""
+        """Inverse depth of the ground: (per column, per row, constant) from the vanishing point."""
         return 0.0, 1.0 / (self.camera.focal_px * self.camera.eye_m), 0.0
 
     def wall_plane(self, start: Point, end: Point) -> tuple[float, float, float]:

@@ -86,7 +86,8 @@ def images_tensor(views: list[View], config: dict[str, object]) -> torch.Tensor:
 class PatchHeads(nn.Module):
     """Training aids, not shipped: map the features of strides 8 and 16 into the joint space.
 
-    Deep patches go through the tower's own attention pool, value and output projection, as in dense CLIP
+    Deep patches go through the tower's own attention pool, value and output projection, as in
+    dense CLIP
     (Zhou et al., Extract Free Dense Labels from CLIP, section 3.2).
     """
 
@@ -129,7 +130,8 @@ def word_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Words match patches, patches match words; both from captions alone.
 
-    1. Pooled over the patches (log-mean-exp), a word's similarity says whether the caption names it.
+    1. Pooled over the patches (log-mean-exp), a word's similarity says whether the caption names
+    it.
     2. Each patch, choosing among all words, chooses one that the caption names.
 
     Returns:

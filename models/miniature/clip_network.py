@@ -1,6 +1,7 @@
-"""The miniature CLIP: open_clip's classes at a small size, with a tokenizer trained on a few sentences.
+"""The miniature CLIP: open_clip's classes at a small size, with a small tokenizer.
 
-A folder as open_clip's `local-dir:` wants it: `open_clip_config.json`, `open_clip_model.safetensors`,
+A folder as open_clip's `local-dir:` wants it: `open_clip_config.json`,
+`open_clip_model.safetensors`,
 tokenizer files.
 """
 

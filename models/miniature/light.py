@@ -1,6 +1,7 @@
 """Light and weather of the miniature world: from parts to a picture.
 
-At the canvas' size: textures, windows, sun, shadow, lamps, snow cover, fog. At the picture's size: wet
+At the canvas' size: textures, windows, sun, shadow, lamps, snow cover, fog. At the picture's size:
+wet
 reflections, glow, rain, flakes, and the sensor. Colours are display values in 0..1 throughout.
 """
 

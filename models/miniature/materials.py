@@ -1,6 +1,7 @@
 """What the miniature world is made of: Cityscapes label ids, the merged classes, their words.
 
-The renderer draws with the raw label ids of Cityscapes (cityscapesScripts, `labels.py`). At 64x128 pixels some
+The renderer draws with the raw label ids of Cityscapes (cityscapesScripts, `labels.py`). At 64x128
+pixels some
 of the 19 evaluation classes cannot be told apart (a rider's torso is four pixels, a wall and a
 fence differ by texture alone), so six of them are merged and 13 remain. The label space file
 `stages/labelspaces/miniature.yaml` states the same merge for the rest of the pipeline; a test holds

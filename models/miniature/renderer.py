@@ -1,4 +1,4 @@
-"""Render a picture of the miniature world: pixels, labels, instances, caption; same seed, same bytes.
+"""Render the miniature world: pixels, labels, instances, caption; same seed, same bytes.
 
 from models.miniature.renderer import render
 picture = render("web", seed=7)
@@ -20,7 +20,7 @@ from models.miniature.light import Conditions
 from models.miniature.styles import Style, find_style
 
 HEIGHT_PX, WIDTH_PX = 64, 128
-"""The miniature's picture size: 13 classes can be told apart, and hours of training fit two cores."""
+"""The miniature's picture size: 13 classes can be told apart, and training fits two cores."""
 
 OVERSAMPLING = 2
 
@@ -36,7 +36,7 @@ class Picture:
     instances_HW: np.ndarray
     """uint16 Cityscapes instance ids: label id * 1000 + number for things, else the label id."""
     entities_HW: np.ndarray
-    """uint16: one number per thing or piece of stuff (each house, tree, sign; the road; the sky)."""
+    """uint16: one number per thing or piece of stuff (each house or tree; the road; the sky)."""
     attributes: Attributes
     """What the scene is like, in words."""
 
@@ -146,7 +146,8 @@ def _draw_camera(
 def _front_part(part_HW: np.ndarray) -> np.ndarray:
     """Part of each picture pixel: of its 2x2 canvas pixels the second nearest to the front.
 
-    Parts are numbered from back to front, so this is the part that covers at least half of the pixel, ties to
+    Parts are numbered from back to front, so this is the part that covers at least half of the
+    pixel, ties to
     the nearer one, and thin poles neither break nor swell.
     """
     a, b = part_HW[0::2, 0::2], part_HW[0::2, 1::2]

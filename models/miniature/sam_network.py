@@ -1,4 +1,4 @@
-"""Build `segment_anything`'s Sam from the sizes in a small `config.json`; read and write its folder."""
+"""Build `segment_anything`'s Sam from the sizes in a `config.json`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SIZES: dict[str, Any] = {
     "image_size": 128,
     "patch_size": 8,
     "vit_embed_dim": 128,
-    "vit_depth": 6,
+    "vit_depth": 5,
     "vit_heads": 4,
     "vit_window": 8,
-    "vit_global_attn_indexes": [2, 5],
-    "prompt_embed_dim": 64,
+    "vit_global_attn_indexes": [1, 4],
+    "prompt_embed_dim": 128,
     "mask_in_chans": 16,
     "decoder_depth": 2,
     "decoder_mlp_dim": 256,

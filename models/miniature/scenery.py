@@ -1,4 +1,4 @@
-"""What stands still in a miniature street: sky, ground, markings, houses, walls, trees, furniture."""
+"""What stands still in a miniature street: sky, ground, houses, walls, trees, furniture."""
 
 from __future__ import annotations
 
@@ -134,11 +134,8 @@ def _strip(canvas: Canvas, x0: float, x1: float, part: int) -> None:
 def _draw_backdrop(canvas: Canvas, rng: random.Random, layout: Layout) -> None:
     camera = canvas.camera
     sky = canvas.part(m.SKY, (0.5, 0.65, 0.9), entity=canvas.entity(), z=4000.0)
-    canvas.polygon(
-        [(-9, -9), (camera.width_px + 9, -9), (camera.width_px + 9, camera.height_px + 9)]
-        + [(-9, camera.height_px + 9)],
-        sky,
-    )
+    right, low = camera.width_px + 9, camera.height_px + 9
+    canvas.polygon([(-9, -9), (right, -9), (right, low), (-9, low)], sky)
     leafy = rng.random() < {"city": 0.3, "square": 0.4}.get(layout.kind, 0.85)
     if leafy:
         colour = palettes.leaf(rng, layout.palette, layout.season)

@@ -1,4 +1,4 @@
-"""Put a miniature street together: layout first, then what stands and moves in it, far before near."""
+"""Put a miniature street together: layout, then what stands and moves, far before near."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Styles of the miniature world: from which ranges a picture's camera, scene, light and sensor are drawn.
+"""Styles of the miniature world: ranges of camera, scene, light and sensor.
 
-`source` is one narrow look; the four targets and `web` never share its ranges. `web_unseen` holds looks that
+`source` is one narrow look; the four targets and `web` never share its ranges. `web_unseen` holds
+looks that
 the web pictures never show (dust, sodium light, faded film): it is for gates, not for training.
 """
 

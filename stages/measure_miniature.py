@@ -1,0 +1,254 @@
+"""Measure the miniature's CLIP and SAM before they ship, on web pictures with seeds of their own.
+
+    python flows/miniature.py --stage measure_miniature
+
+SAM goes through `SamPredictor`, CLIP through the segmenter that the pipeline trains: the paths of
+the
+real networks.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from segment_anything import SamPredictor
+from torch import nn
+
+from models.build import build_segmenter
+from models.config import DecoderConfig, EncoderConfig, SegmenterConfig, TuningConfig
+from models.miniature import sam_lessons
+from models.miniature.renderer import Picture, render
+from models.miniature.sam_lessons import PROMPT_TYPES, Lesson
+from models.miniature.sam_network import build_sam, read_sizes
+from models.segmenter import Segmenter
+from stages.contracts import Progress, Summary
+from stages.labels import load_labelspace
+from stages.metrics import DatasetScore, scores
+from stages.pretrain_config import MeasureMiniatureConfig
+from stages.shards import item_seed, write_json
+
+SAM_STYLES = ("web", "web_unseen", "source")
+"""Where SAM is measured: as in training, in looks that web never shows, and in the clean engine."""
+
+
+def run(
+    config: MeasureMiniatureConfig,
+    *,
+    out: Path,
+    clip: Path | None,
+    sam: Path | None,
+    progress: Progress,
+) -> Summary:
+    """Measure, and leave `gates.json`: figures, and whether each gate is passed.
+
+    Args:
+        config: how much is measured.
+        out: where `gates.json` goes.
+        clip: folder of the CLIP; None leaves it out.
+        sam: folder of the SAM; None leaves it out.
+        progress: told each part.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    progress.start((clip is not None) + (sam is not None), "networks")
+    found: dict[str, Any] = {}
+    if sam is not None:
+        found["sam"] = measure_sam(config, sam)
+        progress.advance()
+    if clip is not None:
+        found["clip"] = measure_clip(config, clip)
+        progress.advance()
+    write_json(out / "gates.json", found)
+    passed = {name: part["passed"] for name, part in found.items()}
+    return Summary(
+        text=", ".join(f"{name} {'passed' if ok else 'NOT passed'}" for name, ok in passed.items()),
+        numbers={name: json.dumps(part) for name, part in found.items()},
+    )
+
+
+def measure_sam(config: MeasureMiniatureConfig, folder: Path) -> dict[str, Any]:
+    """IoU of the prompts and of SAM's masks, per style and prompt type.
+
+    A prompt's own IoU is that of the mask it was made from (for a box: of the filled box). The
+    gate: every
+    type's masks are better than its prompts on web pictures, mask prompts by `mask_gain`,
+    and on looks never seen they keep nine tenths of that gain's floor.
+    """
+    network = build_sam(read_sizes(folder))
+    network.load_state_dict(load_file(folder / "sam.safetensors"))
+    predictor = SamPredictor(network)
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for style in SAM_STYLES:
+        rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for index in range(config.num_sam_pictures):
+            seed = item_seed(config.seed, "judge sam", style, index)
+            picture = render(style, seed=seed)
+            predictor.set_image(picture.image_HW3)
+            for kind in PROMPT_TYPES:
+                generator = np.random.default_rng([seed, PROMPT_TYPES.index(kind)])
+                lesson = sam_lessons.make_lesson(
+                    picture, generator, num_prompts=config.num_prompts, kind=kind, clean=False
+                )
+                if lesson is not None:
+                    rows[kind] += _judge(predictor, lesson)
+        table[style] = {
+            kind: {
+                "prompt_iou": round(float(np.mean([own for own, _ in pairs])), 4),
+                "mask_iou": round(float(np.mean([ours for _, ours in pairs])), 4),
+                "gain": round(float(np.mean([ours - own for own, ours in pairs])), 4),
+                "prompts": len(pairs),
+            }
+            for kind, pairs in rows.items()
+        }
+    seen, unseen = table["web"], table["web_unseen"]
+    masks = ("mask", "mask_points")
+    passed = (
+        all(row["gain"] > 0.02 for row in seen.values())
+        and all(seen[kind]["gain"] >= config.mask_gain for kind in masks)
+        and all(unseen[kind]["gain"] >= seen[kind]["gain"] - 0.05 for kind in masks)
+    )
+    return {"styles": table, "passed": bool(passed)}
+
+
+def _judge(predictor: SamPredictor, lesson: Lesson) -> list[tuple[float, float]]:
+    """(IoU of the prompt, IoU of the mask) per region."""
+    targets_PHW = torch.from_numpy(lesson.targets_PHW)
+    own_PHW = torch.from_numpy(lesson.hints_PHW)
+    points = labels = boxes = masks = None
+    if lesson.points_PN2 is not None:
+        points = torch.from_numpy(lesson.points_PN2)
+        labels = torch.from_numpy(lesson.point_labels_PN)
+    if lesson.boxes_P4 is not None:
+        boxes = torch.from_numpy(lesson.boxes_P4)
+        own_PHW = torch.stack([_filled(box, targets_PHW.shape[-2:]) for box in boxes])
+    if lesson.masks_PHW is not None:
+        size = predictor.model.image_encoder.img_size
+        grid = predictor.model.prompt_encoder.mask_input_size[0]
+        masks = sam_lessons.mask_grid(torch.from_numpy(lesson.masks_PHW), size, grid)
+    only_points = masks is None and boxes is None
+    with torch.inference_mode():
+        found_PMHW, quality_PM, _ = predictor.predict_torch(
+            points, labels, boxes=boxes, mask_input=masks, multimask_output=only_points
+        )
+    best = quality_PM.argmax(1)
+    kept_PHW = found_PMHW[torch.arange(len(best)), best]
+    ours = sam_lessons.iou(kept_PHW[:, None], targets_PHW[:, None])[:, 0]
+    own = sam_lessons.iou(own_PHW[:, None], targets_PHW[:, None])[:, 0]
+    return list(zip(own.tolist(), ours.tolist(), strict=True))
+
+
+def _filled(box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    mask = torch.zeros(size, dtype=torch.bool)
+    left, top, right, bottom = box.round().int().tolist()
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def measure_clip(config: MeasureMiniatureConfig, folder: Path) -> dict[str, Any]:
+    """mIoU on web pictures of one head above three towers: shipped, from scratch, random.
+
+    The head learns on source pictures only. The gate: the frozen shipped tower beats the same tower
+    learning from scratch, with the same head and schedule.
+    """
+    train = [
+        render("source", seed=item_seed(config.seed, "judge source", index))
+        for index in range(config.num_source)
+    ]
+    judged = {
+        style: [
+            render(style, seed=item_seed(config.seed, "judge clip", style, index))
+            for index in range(config.num_web_val)
+        ]
+        for style in ("web", "source")
+    }
+    cases = {
+        "frozen": _segmenter_config(folder, weights=True, trained=False),
+        "from_scratch": _segmenter_config(folder, weights=False, trained=True),
+        "random_frozen": _segmenter_config(folder, weights=False, trained=False),
+        "fine_tuned": _segmenter_config(folder, weights=True, trained=True),
+    }
+    names = load_labelspace("miniature").names
+    table: dict[str, Any] = {}
+    for case, segmenter_config in cases.items():
+        runs = []
+        for seed in range(config.num_seeds):
+            seeded = segmenter_config.model_copy(
+                update={"decoder": segmenter_config.decoder.model_copy(update={"seed": seed})}
+            )
+            segmenter = build_segmenter(seeded, class_names=names)
+            _learn(segmenter, train, config, seed)
+            runs.append({style: _miou(segmenter, judged[style]) for style in judged})
+        table[case] = {style: [round(run[style], 4) for run in runs] for style in judged}
+    mean = {case: float(np.mean(row["web"])) for case, row in table.items()}
+    return {
+        "miou": table,
+        "gain": round(mean["frozen"] - mean["from_scratch"], 4),
+        "passed": mean["frozen"] > mean["from_scratch"],
+    }
+
+
+def _segmenter_config(folder: Path, *, weights: bool, trained: bool) -> SegmenterConfig:
+    return SegmenterConfig(
+        encoder=EncoderConfig(name=f"local-dir:{folder}", weights=str(folder) if weights else None),
+        tuning=TuningConfig(kind="full" if trained else "frozen", lr_multiplier=1.0),
+        decoder=DecoderConfig(kind="light", width=64, group_norm=8),
+    )
+
+
+def _learn(
+    segmenter: Segmenter, pictures: list[Picture], config: MeasureMiniatureConfig, seed: int
+) -> None:
+    parameters = [p for p in segmenter.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=config.head_steps, pct_start=0.1
+    )
+    segmenter.train()
+    for step in range(config.head_steps):
+        generator = np.random.default_rng([config.seed, seed, step])
+        chosen = [pictures[i] for i in generator.integers(0, len(pictures), config.batch_size)]
+        images, labels = _batch(chosen)
+        images = _jitter(images, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = segmenter(images)
+        logits = output.pixel_logits_BKHW.float()
+        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(logits, labels.long(), ignore_index=255)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _jitter(images_B3HW: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+    """Brightness, contrast and saturation of each picture, as every case sees it."""
+    shape = (len(images_B3HW), 1, 1, 1)
+    gain, contrast, colour = (
+        torch.from_numpy(generator.uniform(0.6, 1.4, shape).astype(np.float32)) for _ in range(3)
+    )
+    images = images_B3HW.float() * gain
+    images = (images - 128) * contrast + 128
+    grey = images.mean(1, keepdim=True)
+    return ((images - grey) * colour + grey).clamp(0, 255)
+
+
+@torch.inference_mode()
+def _miou(segmenter: Segmenter, pictures: list[Picture]) -> float:
+    segmenter.eval()
+    score = DatasetScore(segmenter.num_classes, torch.device("cpu"))
+    for start in range(0, len(pictures), 25):
+        images, labels = _batch(pictures[start : start + 25])
+        found = segmenter.semantic(segmenter(images), size=tuple(labels.shape[-2:]))
+        score.add(found.argmax(1).to(torch.uint8), labels)
+    return scores(score.to_json()["confusion"], "mmseg")["miou"]
+
+
+def _batch(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
+    images = np.stack([picture.image_HW3 for picture in pictures])
+    labels = np.stack([picture.labels_HW for picture in pictures])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
