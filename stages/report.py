@@ -90,7 +90,7 @@ def _read(artifacts: Mapping[str, Path]) -> Story:
         charts=read_curves(instances, colours),
         colours=colours,
         num_pictures=len(rows),
-        notices=_notices(instances, chain, rows),
+        notices=_leaks(models) + _notices(instances, chain, rows),
     )
 
 
@@ -106,6 +106,16 @@ def _colours(instances: Mapping[str, Instance]) -> dict[str, int]:
         name: 1 + legs.index(one.leg or "") % 7 if one.round and (one.leg or "") in legs else 0
         for name, one in instances.items()
     }
+
+
+def _leaks(models: Sequence[Judged]) -> list[str]:
+    leaks = {name: score for model in models for name, score in model.targets.items()}
+    return [
+        f"{score.num_also_in_sources} pictures of target {name} are also in the sources: its score "
+        "is no judgement on an unseen domain."
+        for name, score in sorted(leaks.items())
+        if score.num_also_in_sources
+    ]
 
 
 def _notices(instances: Mapping[str, Instance], chain: Chain, rows: Sequence[Row]) -> list[str]:
@@ -223,7 +233,7 @@ def _summary(story: Story, painted: Sequence[Painted], page_bytes: int) -> Summa
     numbers: dict[str, float | int | str] = {"pictures": len(painted), "page_bytes": page_bytes}
     text = f"page of {page_bytes / 1e6:.1f} MB with {len(painted)} pictures"
     if story.verdict and story.verdict.model.mean is not None:
-        numbers["miou_mean"] = story.verdict.model.mean
+        numbers["miou_mean"] = round(100 * story.verdict.model.mean, 2)
         text += f", {story.verdict.model.label} {percent(story.verdict.model.mean)} mIoU"
         if story.verdict.difference is not None:
             text += f" ({signed(story.verdict.difference)})"

@@ -20,7 +20,8 @@ State = Literal["ran", "cached", "shared", "unknown"]
 """shared: another leg's artifact serves here as well."""
 
 BOX_WIDTH, BOX_HEIGHT = 158, 64
-_GAP_X, _GAP_Y, _LANE_GAP, _MARGIN, _LANE_TITLE = 34, 14, 34, 10, 22
+_GAP_X, _GAP_Y, _LANE_GAP, _MARGIN = 44, 14, 18, 30
+_LANE_TITLE, _TRACKS = 26, 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class Box:
     instance: Instance
     x: int
     y: int
+    row: int
+    """Row within its lane."""
     state: State
 
 
@@ -182,28 +185,31 @@ def draw(instances: Mapping[str, Instance]) -> Drawing:
     lanes = sorted({one.round or 0 for one in instances.values()})
     boxes: dict[str, Box] = {}
     titles = []
-    top = _MARGIN
+    top = 8
     for lane in lanes:
+        head = _LANE_TITLE + (_TRACKS if lane != lanes[0] else 0)
         members = [one for one in instances.values() if (one.round or 0) == lane]
-        titles.append((f"Round {lane}" if lane else "Once", top + 14))
+        titles.append((f"Round {lane}" if lane else "Once", top + 16))
         grid = _lay_out(members, instances)
         for one in members:
             boxes[one.name] = Box(
                 instance=one,
                 x=_MARGIN + grid.column[one.name] * (BOX_WIDTH + _GAP_X),
-                y=top + _LANE_TITLE + grid.row[one.name] * (BOX_HEIGHT + _GAP_Y),
+                row=grid.row[one.name],
+                y=top + head + grid.row[one.name] * (BOX_HEIGHT + _GAP_Y),
                 state=state_of(one, instances.values()),
             )
         rows = 1 + max(grid.row.values())
-        top += _LANE_TITLE + rows * BOX_HEIGHT + (rows - 1) * _GAP_Y + _LANE_GAP
+        top += head + rows * BOX_HEIGHT + (rows - 1) * _GAP_Y + _LANE_GAP
+    everything = list(boxes.values())
     lines = [
-        _connection(boxes[source], boxes[name])
-        for name in boxes
-        for source in _direct(name, instances)
+        _route(boxes[source], box, everything, level % 4)
+        for level, box in enumerate(everything)
+        for source in _direct(box.instance.name, instances)
     ]
     return Drawing(
         width=max((box.x for box in boxes.values()), default=0) + BOX_WIDTH + _MARGIN,
-        height=top - _LANE_GAP + _MARGIN,
+        height=top,
         boxes=tuple(boxes.values()),
         lines=tuple(lines),
         lanes=tuple(titles),
@@ -237,14 +243,58 @@ def _lay_out(members: Sequence[Instance], instances: Mapping[str, Instance]) -> 
     return grid
 
 
-def _connection(source: Box, target: Box) -> str:
-    """A curve from the right of one box to the left of the next, or down to another lane."""
-    if target.x > source.x:
-        x0, y0 = source.x + BOX_WIDTH, source.y + BOX_HEIGHT // 2
-        x1, y1 = target.x, target.y + BOX_HEIGHT // 2
-        bend = max(16, (x1 - x0) // 2)
-        return f"M{x0} {y0}C{x0 + bend} {y0} {x1 - bend} {y1} {x1} {y1}"
-    x0, y0 = source.x + BOX_WIDTH // 2, source.y + BOX_HEIGHT
-    x1, y1 = target.x + BOX_WIDTH // 2, target.y
-    bend = max(18, (y1 - y0) // 2)
-    return f"M{x0} {y0}C{x0} {y0 + bend} {x1} {y1 - bend} {x1} {y1}"
+def _route(source: Box, target: Box, boxes: Iterable[Box], level: int) -> str:
+    """A line through the gutters between the boxes, from the right of one to the left of another.
+
+    Args:
+        source: where it starts.
+        target: where it ends; in the same lane, or in a later one.
+        boxes: all, none of which the line may cross.
+        level: which of the tracks above the target's lane it may use, 0 the lowest.
+    """
+    x0, y0 = source.x + BOX_WIDTH, source.y + BOX_HEIGHT // 2
+    x1, y1 = target.x, target.y + BOX_HEIGHT // 2
+    out = x0 + _GAP_X // 2 + _aside(source)
+    into = x1 - _GAP_X // 2 + _aside(target)
+    if x1 > x0 and _free(out, x1, y1, boxes):
+        corners = [(x0, y0), (out, y0), (out, y1), (x1, y1)]
+    else:
+        top = min(box.y for box in boxes if _lane(box) == _lane(target))
+        track = top - 7 - 5 * level
+        corners = [(x0, y0), (out, y0), (out, track), (into, track), (into, y1), (x1, y1)]
+    return _rounded(corners)
+
+
+def _aside(box: Box) -> int:
+    """Neighbouring rows keep their lines apart in a gutter."""
+    return 5 * (box.row % 4) - 7
+
+
+def _lane(box: Box) -> int:
+    return box.instance.round or 0
+
+
+def _free(x0: int, x1: int, y: int, boxes: Iterable[Box]) -> bool:
+    """Whether a level line from x0 to x1 meets no box."""
+    return not any(
+        box.x < x1 and box.x + BOX_WIDTH > x0 and box.y <= y <= box.y + BOX_HEIGHT for box in boxes
+    )
+
+
+def _rounded(corners: Sequence[tuple[int, int]], radius: int = 7) -> str:
+    """SVG path data of a right-angled line with round corners."""
+    path = f"M{corners[0][0]} {corners[0][1]}"
+    for before, corner, after in zip(corners, corners[1:], corners[2:], strict=False):
+        start, end = _towards(corner, before, radius), _towards(corner, after, radius)
+        path += f"L{start[0]} {start[1]}Q{corner[0]} {corner[1]} {end[0]} {end[1]}"
+    return path + f"L{corners[-1][0]} {corners[-1][1]}"
+
+
+def _towards(point: tuple[int, int], other: tuple[int, int], reach: int) -> tuple[int, int]:
+    """The point moved by `reach` (at most half the way) along an axis."""
+
+    def moved(here: int, there: int) -> int:
+        way = there - here
+        return here + max(-reach, min(reach, way // 2 if way > 0 else -(-way // 2)))
+
+    return moved(point[0], other[0]), moved(point[1], other[1])

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from stages.charts import LineChart
+from stages.charts import LineChart, line_chart
 from stages.labels import LabelSpace
 from stages.report_changes import Changes
 from stages.report_lineage import BOX_HEIGHT, BOX_WIDTH, Instance, draw, state_of
@@ -162,11 +162,29 @@ def _result(story: Story) -> dict[str, Any]:
     return {
         "verdict": story.verdict,
         "comparisons": comparisons(story),
+        "compared": compared_models(story),
         "image_counts": counts,
         "targets_in_words": story.targets[0] if number == 1 else f"{number} unseen targets",
         "what_it_is": _what_it_is,
+        "by_round": _by_round(story),
         "class_rows": {name: _class_rows(story, name) for name in story.targets},
     }
+
+
+def _by_round(story: Story) -> LineChart | None:
+    """Mean mIoU in percent over the rounds, one line per leg; None before there are two rounds."""
+    if max((one.round for one in story.models), default=0) < 2:
+        return None
+    start = [one for one in story.models if one.kind == "source" and one.mean is not None]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    colours: dict[str, int] = {}
+    for one in sorted(story.models, key=lambda one: one.round):
+        if one.kind != "source" and one.mean is not None:
+            leg = one.leg or "self-training"
+            line = lines.setdefault(leg, [(0.0, 100 * start[0].mean)] if start else [])
+            line.append((one.round, 100 * one.mean))
+            colours[leg] = story.colours[one.instance]
+    return line_chart("mIoU by round", lines, colours) if lines else None
 
 
 def _what_it_is(model: Judged) -> str:
@@ -178,7 +196,8 @@ def _what_it_is(model: Judged) -> str:
 
 
 def _class_rows(story: Story, target: str) -> list[ClassRow]:
-    scores = [model.targets.get(target) for model in story.models]
+    compared = compared_models(story)
+    scores = [model.targets.get(target) for model in compared]
     known = [score for score in scores if score]
 
     def at(values: Sequence[Number], class_id: int) -> Number:
@@ -195,7 +214,7 @@ def _class_rows(story: Story, target: str) -> list[ClassRow]:
             class_id=class_id,
             name=class_name(story.space, class_id),
             share=next((at(score.truth_share, class_id) for score in known), None),
-            values=tuple(iou(model, class_id) for model in story.models),
+            values=tuple(iou(model, class_id) for model in compared),
             difference=minus(iou(verdict.model, class_id), iou(verdict.reference, class_id))
             if verdict
             else None,
@@ -264,11 +283,18 @@ def _curves(story: Story) -> dict[str, Any]:
         return chart.name.rpartition("_")[2].isdigit()
 
     trainings = {curve.label for chart in story.charts for curve in chart.curves}
+    named = [one for name, one in story.instances.items() if name in trainings]
     return {
         "charts": [chart for chart in story.charts if not inner(chart)],
         "more_charts": [chart for chart in story.charts if inner(chart)],
-        "trainings": [name for name in story.instances if name in trainings],
+        "trainings": [(one, _is_first_shown(one, story)) for one in named],
     }
+
+
+def _is_first_shown(one: Instance, story: Story) -> bool:
+    """Whether a training's curves are shown at first: the source's and the last round's."""
+    last = max((other.round or 0 for other in story.instances.values()), default=0)
+    return (one.round or 0) in (0, last)
 
 
 def _record(one: Instance) -> list[tuple[str, str]]:

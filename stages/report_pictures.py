@@ -269,11 +269,14 @@ def _teacher(chain: Chain, instances: Mapping[str, Instance]) -> Instance | None
 
 
 def _plain(value: Any, space: LabelSpace | None = None) -> str:
-    """A value of an index row; pixels per train id get their classes' names."""
-    if space and isinstance(value, Mapping) and all(str(key).isdigit() for key in value):
-        largest = sorted(value.items(), key=lambda pair: -_weight(pair[1]))
-        return ", ".join(f"{class_name(space, int(key))} {count} px" for key, count in largest)
-    return plain(value)
+    """A value of an index row; pixels per train id become the largest classes' shares."""
+    if not (space and isinstance(value, Mapping) and all(str(key).isdigit() for key in value)):
+        return plain(value)
+    pixels = {int(key): _weight(count) for key, count in value.items()}
+    total = sum(pixels.values()) or 1
+    largest = sorted(pixels.items(), key=lambda pair: -pair[1])
+    shown = [f"{class_name(space, one)} {100 * count / total:.0f} %" for one, count in largest[:5]]
+    return ", ".join(shown) + (f" and {len(largest) - 5} more" if len(largest) > 5 else "")
 
 
 def _weight(value: Any) -> float:

@@ -22,6 +22,8 @@ class Score:
     truth_share: tuple[Number, ...]
     """Share of each class among the labelled pixels of the truth; None: no confusion matrix."""
     num_images: int | None
+    num_also_in_sources: int
+    """Pictures that the training saw as well: such a score is no judgement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,7 @@ def _score(entry: Mapping[str, Any]) -> Score:
         iou=tuple(number(value) for value in entry.get("iou") or ()),
         truth_share=tuple(value / total if total else None for value in sums),
         num_images=int(num_images) if isinstance(num_images, int | float) else None,
+        num_also_in_sources=int(entry.get("num_also_in_sources") or 0),
     )
 
 

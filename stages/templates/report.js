@@ -159,7 +159,7 @@
     const values = svg.parentElement.querySelector(".values");
     const cross = svg.querySelector(".cross");
     const { left, right, x0, x1 } = Object.fromEntries(Object.entries(svg.dataset).map(([key, value]) => [key, Number(value)]));
-    const curves = all(".smooth", svg).map((path) => ({ label: path.dataset.label, points: JSON.parse(path.dataset.points) }));
+    const curves = all(".smooth", svg).map((path) => ({ path, label: path.dataset.label, points: JSON.parse(path.dataset.points) }));
     const width = svg.viewBox.baseVal.width;
     svg.addEventListener("pointermove", (event) => {
       const x = shares(event, svg)[0] * width;
@@ -167,14 +167,30 @@
       const step = x0 + ((x - left) / (right - left)) * (x1 - x0);
       cross.setAttribute("x1", x);
       cross.setAttribute("x2", x);
-      const near = curves.map(({ label, points }) => [label, points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a))]);
-      values.textContent = `step ${near[0][1][0]}: ` + near.map(([label, point]) => `${curves.length > 1 ? label + " " : ""}${point[1]}`).join(" · ");
+      const shown = curves.filter(({ path }) => !path.classList.contains("off"));
+      if (!shown.length) return;
+      const near = shown.map(({ label, points }) => [label, points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a))]);
+      values.textContent = `step ${near[0][1][0]}: ` + near.map(([label, point]) => `${shown.length > 1 ? label + " " : ""}${point[1]}`).join(" · ");
     });
     svg.addEventListener("pointerleave", () => {
       cross.setAttribute("x1", -9);
       cross.setAttribute("x2", -9);
       values.textContent = "\u00a0";
     });
+  }
+
+  // Names of trainings show and hide their lines
+  for (const chip of all("[data-training]")) {
+    const follow = () => {
+      for (const path of all("#curves path[data-label]")) {
+        if (path.dataset.label === chip.dataset.training) path.classList.toggle("off", chip.getAttribute("aria-pressed") !== "true");
+      }
+    };
+    chip.addEventListener("click", () => {
+      chip.setAttribute("aria-pressed", String(chip.getAttribute("aria-pressed") !== "true"));
+      follow();
+    });
+    follow();
   }
 
   // A link to a record opens it
