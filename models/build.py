@@ -1,31 +1,20 @@
-"""From a config to networks: the only reader of `models.config` among the networks."""
+"""From a config to a segmenter: tower, tuning, neck and decoder put together."""
 
-import difflib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from models.config import DecoderConfig, EncoderConfig, SegmenterConfig, TuningConfig
+from models.config import EncoderConfig, SegmenterConfig, TuningConfig
 from models.decoder import QueryDecoder
-from models.encoders import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ClipResNetEncoder,
-    ConvNextEncoder,
-    Encoder,
-    MitEncoder,
-    ResNetEncoder,
-)
-from models.heads import LightHead, MaskHead
+from models.encoders import Encoder
+from models.heads import GuidedHead, LightHead, MaskHead
 from models.pixel_decoder import PixelDecoder
 from models.rein import ReinTokens
 from models.segmenter import Segmenter
-from models.vits import ClipVit, LearnedPyramid, PlainEncoder, ResizePyramid, SamEncoder, TimmVit
+from models.text import LanguageGuidance, TextClassifier
+from models.towers import build_encoder, embed_texts, open_clip_architecture
+from models.vits import LearnedPyramid, PlainEncoder, ResizePyramid
 
 
 def build_segmenter(
@@ -48,7 +37,7 @@ def build_segmenter(
         encoder = build_encoder(config.encoder, config.tuning, load=not on_meta)
         torch.manual_seed(config.decoder.seed)
         tokens = build_tokens(encoder, config)
-        decoder = build_decoder(config.decoder, encoder, config, len(class_names))
+        decoder = build_decoder(config, encoder, class_names, load=not on_meta)
         segmenter = Segmenter(
             encoder,
             decoder,
@@ -141,16 +130,55 @@ def build_tokens(encoder: Encoder, config: SegmenterConfig) -> ReinTokens | None
 
 
 def build_decoder(
-    config: DecoderConfig, encoder: Encoder, whole: SegmenterConfig, classes: int
+    whole: SegmenterConfig, encoder: Encoder, class_names: Sequence[str], *, load: bool
 ) -> nn.Module:
-    """The decoder that fits the encoder's channels."""
+    """The decoder that fits the encoder's channels, with language where the config asks for it."""
+    config, channels = whole.decoder, list(encoder.channels)
+    texts_SC = synonyms = guidance = None
+    if config.text.classifier or config.text.guidance:
+        with torch.random.fork_rng(devices=[]):
+            texts_SC, synonyms = build_texts(whole, class_names, load=load)
+    if config.text.guidance:
+        first = torch.tensor([sum(synonyms[:k]) for k in range(len(synonyms))], device="cpu")
+        guidance = LanguageGuidance(texts_SC[first.tolist()], channels[-1])
+        channels[-1] += len(class_names)
     if config.kind == "light":
-        return LightHead(
-            encoder.channels, width=config.width, classes=classes, groups=config.group_norm
+        if config.text.classifier:
+            raise ValueError("decoder.text.classifier needs decoder.kind=mask2former: no queries")
+        head = LightHead(
+            channels, width=config.width, classes=len(class_names), groups=config.group_norm
         )
-    linked = whole.tuning.kind == "rein" and whole.tuning.link_queries
+    else:
+        if config.text.classifier:
+            classifier = TextClassifier(texts_SC, synonyms, width=config.width)
+        else:
+            classifier = nn.Linear(config.width, len(class_names) + 1)
+        head = build_mask_head(whole, channels, classifier)
+    return head if guidance is None else GuidedHead(guidance, head)
+
+
+def build_texts(
+    whole: SegmenterConfig, class_names: Sequence[str], *, load: bool
+) -> tuple[torch.Tensor, list[int]]:
+    """Text embeddings of the classes; on the meta device their shape alone."""
+    text = whole.decoder.text
+    strange = sorted(text.synonyms.keys() - set(class_names))
+    if strange:
+        raise ValueError(f"decoder.text.synonyms: no class is called {', '.join(strange)}")
+    if load:
+        return embed_texts(whole.encoder, text, class_names)
+    counts = [1 + len(text.synonyms.get(name, ())) for name in class_names]
+    width = open_clip_architecture(whole.encoder)["embed_dim"]
+    return torch.empty(sum(counts), width), counts
+
+
+def build_mask_head(
+    whole: SegmenterConfig, channels: Sequence[int], classifier: nn.Module
+) -> MaskHead:
+    """Pixel decoder and queries."""
+    config = whole.decoder
     pixel_decoder = PixelDecoder(
-        encoder.channels,
+        channels,
         width=config.width,
         heads=config.heads,
         layers=config.pixel_layers,
@@ -159,250 +187,12 @@ def build_decoder(
         groups=config.group_norm,
     )
     query_decoder = QueryDecoder(
-        nn.Linear(config.width, classes + 1),
+        classifier,
         width=config.width,
         queries=config.queries,
         layers=config.layers,
         heads=config.heads,
         ffn=config.ffn,
-        linked=linked,
+        linked=whole.tuning.kind == "rein" and whole.tuning.link_queries,
     )
     return MaskHead(pixel_decoder, query_decoder)
-
-
-def build_encoder(config: EncoderConfig, tuning: TuningConfig, *, load: bool = True) -> Encoder:
-    """The encoder, with its weights where the config names some and `load` is set."""
-    match config.family:
-        case "open_clip":
-            encoder = build_open_clip(config, tuning, load=load)
-        case "timm":
-            encoder = build_timm(config, tuning, load=load)
-        case "transformers":
-            encoder = build_mit(config, tuning, load=load)
-        case "sam":
-            encoder = build_sam(config, tuning, load=load)
-        case other:
-            raise unknown("encoder.family", other, ["open_clip", "timm", "transformers", "sam"])
-    if config.patch_size is not None:
-        if not isinstance(encoder, PlainEncoder):
-            raise ValueError(
-                f"encoder.patch_size: {config.name} has no patch embedding to resample"
-            )
-        encoder.resample_patches(config.patch_size)
-    encoder.checkpointing = config.checkpointing
-    return encoder
-
-
-def build_open_clip(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
-    """open_clip's image tower alone: the text tower is neither built nor stored."""
-    import open_clip
-    from open_clip.model import _build_vision_tower
-
-    model = open_clip_architecture(config)
-    vision = dict(model["vision_cfg"])
-    normalisation = {"mean": CLIP_MEAN, "std": CLIP_STD}
-    if "timm_model_name" in vision:
-        options = vision.pop("timm_options", {})
-        trunk = create_timm(vision["timm_model_name"], tuning, **options)
-        encoder = wrap_timm(trunk, config, **normalisation)
-        prefix = "visual.trunk."
-    else:
-        refuse_drop_path(tuning, "open_clip's own towers")
-        quick = model.get("quick_gelu", False)
-        if config.weights and open_clip.get_pretrained_cfg(config.name, config.weights):
-            tag = open_clip.get_pretrained_cfg(config.name, config.weights)
-            quick = tag.get("quick_gelu", quick)
-        trunk = _build_vision_tower(model["embed_dim"], vision, quick_gelu=quick)
-        if isinstance(vision["layers"], (list, tuple)):
-            encoder = ClipResNetEncoder(trunk, **normalisation)
-        else:
-            encoder = ClipVit(trunk, features=config.features, **normalisation)
-        prefix = "visual."
-    if load and config.weights:
-        load_trunk(encoder.trunk, open_clip_weights(config), prefix)
-    return encoder
-
-
-def open_clip_architecture(config: EncoderConfig) -> dict[str, Any]:
-    """open_clip's model description: `vision_cfg`, `embed_dim` and perhaps `quick_gelu`."""
-    import json
-
-    import open_clip
-
-    if config.architecture is not None:
-        vision = dict(config.architecture)
-        return {"embed_dim": vision.pop("embed_dim", 64), "vision_cfg": vision}
-    if config.name.startswith("local-dir:"):
-        path = Path(config.name.removeprefix("local-dir:")) / "open_clip_config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"encoder.name {config.name!r}: there is no {path}")
-        return json.loads(path.read_text())["model_cfg"]
-    found = open_clip.get_model_config(config.name)
-    if found is None:
-        raise unknown("encoder.name", config.name, open_clip.list_models())
-    return found
-
-
-def open_clip_weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
-    """The state dict that `weights` names: a tag, a file, or a folder with one."""
-    import open_clip
-    from open_clip.factory import load_state_dict
-
-    path = Path(config.weights)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        if not files:
-            raise FileNotFoundError(f"encoder.weights: no .safetensors or .bin file in {path}")
-        path = files[0]
-    if not path.is_file():
-        tags = open_clip.list_pretrained_tags_by_model(config.name)
-        if config.weights not in tags:
-            raise unknown(
-                f"encoder.weights of {config.name} (no such file or folder either)",
-                config.weights,
-                tags,
-            )
-        path = open_clip.download_pretrained(
-            open_clip.get_pretrained_cfg(config.name, config.weights)
-        )
-    return load_state_dict(str(path), weights_only=True)
-
-
-def build_timm(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
-    """A timm backbone with its own normalisation; `weights` is a tag or a local file."""
-    name, options = config.name, dict(config.architecture or {})
-    if load and config.weights:
-        options["pretrained"] = True
-        if Path(config.weights).is_file():
-            options["pretrained_cfg_overlay"] = {"file": config.weights}
-        else:
-            name = f"{name.partition('.')[0]}.{config.weights}"
-    trunk = create_timm(name, tuning, **options)
-    mean, std = (
-        tuple(255 * value for value in trunk.pretrained_cfg[key]) for key in ("mean", "std")
-    )
-    return wrap_timm(trunk, config, mean=mean, std=std)
-
-
-def create_timm(name: str, tuning: TuningConfig, **options: Any) -> nn.Module:
-    """A timm model without classifier, for any input size."""
-    import timm
-
-    base, _, tag = name.partition(".")
-    if not timm.is_model(base):
-        raise unknown("encoder.name", base, timm.list_models())
-    if options.get("pretrained") and not timm.models.is_model_pretrained(name):
-        tags = [n.partition(".")[2] for n in timm.list_models(f"{base}.*", pretrained=True)]
-        if "pretrained_cfg_overlay" not in options:
-            raise unknown(f"encoder.weights of {base} (no such file either)", tag, tags)
-    if base.startswith(("vit_", "eva", "deit")):
-        options = {"dynamic_img_size": True} | options
-    if tuning.drop_path:
-        options["drop_path_rate"] = tuning.drop_path
-    return timm.create_model(name, num_classes=0, **options)
-
-
-def wrap_timm(trunk: nn.Module, config: EncoderConfig, **normalisation: Any) -> Encoder:
-    """The encoder class for a timm trunk."""
-    match type(trunk).__name__:
-        case "ConvNeXt":
-            return ConvNextEncoder(trunk, output_norm=config.output_norm, **normalisation)
-        case "ResNet":
-            return ResNetEncoder(trunk, **normalisation)
-        case "VisionTransformer" | "Eva":
-            return TimmVit(trunk, features=config.features, **normalisation)
-        case other:
-            raise ValueError(
-                f"encoder.name {config.name!r}: no encoder for timm's {other}; there are some for "
-                "ConvNeXt, ResNet, VisionTransformer, Eva"
-            )
-
-
-MIT_SIZES = {
-    "mit-b0": ([2, 2, 2, 2], [32, 64, 160, 256]),
-    "mit-b1": ([2, 2, 2, 2], [64, 128, 320, 512]),
-    "mit-b2": ([3, 4, 6, 3], [64, 128, 320, 512]),
-    "mit-b3": ([3, 4, 18, 3], [64, 128, 320, 512]),
-    "mit-b4": ([3, 8, 27, 3], [64, 128, 320, 512]),
-    "mit-b5": ([3, 6, 40, 3], [64, 128, 320, 512]),
-}
-"""Blocks and channels of the four stages (Xie et al., SegFormer, NeurIPS 2021, table 6)."""
-
-
-def build_mit(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
-    """transformers' SegFormer encoder; `weights` is a hub id, a folder, or `default`."""
-    from transformers import SegformerConfig, SegformerModel
-
-    if config.name not in MIT_SIZES:
-        raise unknown("encoder.name", config.name, list(MIT_SIZES))
-    depths, widths = MIT_SIZES[config.name]
-    options = {"depths": depths, "hidden_sizes": widths} | (config.architecture or {})
-    architecture = SegformerConfig(drop_path_rate=tuning.drop_path, **options)
-    if load and config.weights:
-        source = f"nvidia/{config.name}" if config.weights == "default" else config.weights
-        trunk = SegformerModel.from_pretrained(source, config=architecture)
-    else:
-        trunk = SegformerModel(architecture)
-    return MitEncoder(trunk, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-
-
-SAM_SIZES = {
-    "vit_b": (768, 12, 12, (2, 5, 8, 11)),
-    "vit_l": (1024, 24, 16, (5, 11, 17, 23)),
-    "vit_h": (1280, 32, 16, (7, 15, 23, 31)),
-}
-"""Width, depth, heads and global blocks (segment_anything's `build_sam.py`)."""
-
-
-def build_sam(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
-    """Segment Anything's image encoder; `weights` is a file with a whole SAM in it."""
-    from functools import partial
-
-    from segment_anything.modeling import ImageEncoderViT
-
-    refuse_drop_path(tuning, "SAM's encoder")
-    if config.name not in SAM_SIZES:
-        raise unknown("encoder.name", config.name, list(SAM_SIZES))
-    width, depth, heads, global_blocks = SAM_SIZES[config.name]
-    options = {
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "global_attn_indexes": global_blocks,
-        "window_size": 14,
-        "use_rel_pos": True,
-        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-    } | (config.architecture or {})
-    trunk = ImageEncoderViT(**options)
-    encoder = SamEncoder(trunk, features=config.features, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if load and config.weights:
-        path = Path(config.weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"encoder.weights: there is no file {path}")
-        load_trunk(trunk, torch.load(path, map_location="cpu", weights_only=True), "image_encoder.")
-    return encoder
-
-
-def load_trunk(trunk: nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:
-    """Load a trunk strictly from the keys of `weights` that begin with `prefix`."""
-    found = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    missing = sorted(trunk.state_dict().keys() - found.keys())
-    if missing:
-        raise ValueError(
-            f"the weights lack {len(missing)} of the encoder's {len(trunk.state_dict())} tensors "
-            f"(prefix {prefix!r}), first: {', '.join(missing[:5])}"
-        )
-    trunk.load_state_dict({k: found[k] for k in trunk.state_dict()}, strict=True)
-
-
-def refuse_drop_path(tuning: TuningConfig, what: str) -> None:
-    """Raise if drop path is asked of a tower that has none."""
-    if tuning.drop_path:
-        raise ValueError(f"tuning.drop_path {tuning.drop_path}: {what} have none; set it to 0")
-
-
-def unknown(what: str, value: str, known: Sequence[str]) -> ValueError:
-    """An error that names the nearest known values."""
-    near = difflib.get_close_matches(value, known, n=3)
-    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(list(known)[:20])}"
-    return ValueError(f"{what}: unknown {value!r}; {hint}")

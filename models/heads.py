@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from models.decoder import QueryDecoder
 from models.pixel_decoder import PixelDecoder
+from models.text import LanguageGuidance
 
 
 class MaskHead(nn.Module):
@@ -30,6 +31,24 @@ class MaskHead(nn.Module):
             "masks_BQHW": final.masks_BQHW,
             "aux": tuple(aux),
         }
+
+
+class GuidedHead(nn.Module):
+    """Any head, with score maps of the class names beside the coarsest features."""
+
+    def __init__(self, guidance: LanguageGuidance, head: nn.Module):
+        super().__init__()
+        self.guidance = guidance
+        self.head = head
+
+    def forward(
+        self, features_BCHW: Sequence[torch.Tensor], linked_QC: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """The head's fields and `text_scores_BKHW`."""
+        *finer, coarse = features_BCHW
+        scores = self.guidance(coarse)
+        guided = [*finer, torch.cat([coarse, scores.to(coarse.dtype)], 1)]
+        return self.head(guided, linked_QC) | {"text_scores_BKHW": scores}
 
 
 class LightHead(nn.Module):

@@ -101,6 +101,35 @@ def score_map(visual_BCHW: torch.Tensor, texts_BKC: torch.Tensor) -> torch.Tenso
     return torch.einsum("bchw,bkc->bkhw", visual, texts)
 
 
+class LanguageGuidance(nn.Module):
+    """Score maps of class texts that were corrected by the picture (DenseCLIP, post-model).
+
+    Features are brought into the texts' space by a learned 1x1 convolution, so that it works on
+    any encoder; the texts are fixed (no learned context words).
+
+    Args:
+        texts_KC: normalised embeddings of the class names; kept as a buffer.
+        channels: channels of the features.
+    """
+
+    def __init__(self, texts_KC: torch.Tensor, channels: int):
+        super().__init__()
+        width = texts_KC.shape[1]
+        self.register_buffer("texts_KC", texts_KC)
+        self.project = nn.Conv2d(channels, width, 1)
+        self.context_decoder = ContextDecoder(width)
+        self.gamma_text = nn.Parameter(torch.full((width,), 1e-4))
+
+    def forward(self, features_BCHW: torch.Tensor) -> torch.Tensor:
+        """Cosine similarities [B, K, H, W] of pixels and corrected texts."""
+        visual = self.project(features_BCHW)
+        tokens_BNC = visual.flatten(2).transpose(1, 2)
+        tokens_BNC = torch.cat([tokens_BNC.mean(1, keepdim=True), tokens_BNC], 1)
+        texts_BKC = self.texts_KC.expand(len(visual), -1, -1)
+        corrected = texts_BKC + self.gamma_text * self.context_decoder(texts_BKC, tokens_BNC)
+        return score_map(visual, corrected)
+
+
 class TextClassifier(nn.Module):
     """Queries against text embeddings: the best synonym of a class counts, void is learned.
 

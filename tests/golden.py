@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from models import convert, evaluators, masks
-from models.build import build_encoder, build_open_clip, load_trunk
 from models.config import EncoderConfig, LossConfig, TuningConfig
 from models.decoder import Prediction, QueryDecoder
 from models.heads import MaskHead
@@ -32,6 +31,7 @@ from models.points import PointDraws
 from models.rein import ReinTokens, TokenCorrection
 from models.segmenter import Segmenter, SegmenterOutput, resize
 from models.text import ContextDecoder, score_map
+from models.towers import build_encoder, build_open_clip, load_trunk
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest value of a tensor; integers are equal."""

@@ -5,9 +5,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from models.build import build_encoder, build_segmenter
+from models.build import build_segmenter
 from models.config import EncoderConfig, SegmenterConfig, TuningConfig
 from models.segmenter import Segmenter, SegmenterOutput
+from models.towers import build_encoder
 from models.vits import interpolate_positions
 
 NAMES = ["road", "sky", "car", "tree", "person"]
