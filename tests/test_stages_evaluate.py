@@ -172,7 +172,9 @@ def test_an_interrupted_run_continues_and_ends_the_same(inputs, tmp_path):
             evaluated(inputs, out, told=Interrupted(after), batch_size=2)
         told = Told()
         evaluated(inputs, out, told=told, batch_size=2)
-        assert told.started == [(8, "pictures", 0 if after < 6 else 5)]
+        kept = 0 if after < 6 else 5
+        assert told.started == [(8, "pictures", kept)]
+        assert told.advanced == 8 - kept
         assert files(out) == files(tmp_path / "whole")
 
 
