@@ -30,7 +30,7 @@ from typing import IO, Any
 from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("stages.launch")  # not __name__: in a child this module is __main__
 
 Spec = Mapping[str, Any]
 
@@ -194,12 +194,10 @@ class _Watch:
 
     def until_done(self, timeout_s: float | None) -> Summary:
         deadline = None if timeout_s is None else monotonic() + timeout_s
+        summary: Summary | None = None
         while self.open_streams:
             if deadline is not None and monotonic() > deadline:
-                raise TimeoutError(
-                    f"{self.stage} ran longer than {timeout_s:g} s and was ended; what it finished "
-                    f"is kept. Raise run.stage_timeout_s, or run it again to go on."
-                )
+                break
             try:
                 name, line = self.lines.get(timeout=0.1)
             except queue.Empty:
@@ -208,9 +206,16 @@ class _Watch:
                 continue
             if line is None:
                 self.open_streams.discard(name)
-            elif (summary := self._take(name, line)) is not None:
-                return summary
-        raise self._obituary()
+            elif (found := self._take(name, line)) is not None:
+                summary, deadline = found, monotonic() + GRACE_S  # for its last words, and to exit
+        if summary is not None:
+            return summary
+        if not self.open_streams:
+            raise self._obituary()
+        raise TimeoutError(
+            f"{self.stage} ran longer than {timeout_s:g} s and was ended; what it finished is "
+            f"kept. Raise run.stage_timeout_s, or run it again to go on."
+        )
 
     def _take(self, name: str, line: str) -> Summary | None:
         event = _event(line) if name == "out" else None
@@ -227,7 +232,7 @@ class _Watch:
                 raise self._error(event)
             case _:
                 self.last_words.append(line)
-                log.info("%s: %s", self.stage, line)
+                log.log(_level(line), "%s: %s", self.stage, line)
         return None
 
     def _error(self, event: Mapping[str, str]) -> Exception:
@@ -249,6 +254,11 @@ class _Watch:
         return kind(
             f"{self.stage}: its process ended by {how} before it was done; it last said:\n{words}"
         )
+
+
+def _level(line: str) -> int:
+    """The level that a child's log line begins with; INFO for anything else it prints."""
+    return logging.getLevelNamesMapping().get(line.split(" ", 1)[0], logging.INFO)
 
 
 def _event(line: str) -> dict[str, Any] | None:
@@ -309,13 +319,17 @@ def main(spec_path: str, parent: str) -> int:
     """The child: run the stage of the spec file, telling progress on the true standard output."""
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints, of libraries too, go to the log
+    sys.stdout.reconfigure(line_buffering=True)
     _stop_with_parent(int(parent))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     progress = _LineProgress(events)
     try:
         spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
         level = spec["recipe"].get("run", {}).get("log_level", "info").upper()
-        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        for room in ("stages", "models", "prompts"):  # others only warn
+            logging.getLogger(room).setLevel(level)
+        log.info("process %d", os.getpid())
         summary = execute(spec, progress)
     except Exception as error:
         text = traceback.format_exc()
