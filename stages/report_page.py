@@ -164,7 +164,7 @@ def _result(story: Story) -> dict[str, Any]:
         "comparisons": comparisons(story),
         "compared": compared_models(story),
         "image_counts": counts,
-        "targets_in_words": story.targets[0] if number == 1 else f"{number} unseen targets",
+        "targets_in_words": story.targets[0] if number == 1 else f"{number} targets",
         "what_it_is": _what_it_is,
         "by_round": _by_round(story),
         "class_rows": {name: _class_rows(story, name) for name in story.targets},
