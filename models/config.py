@@ -44,6 +44,8 @@ class EncoderConfig(Section):
     patch_size: int | None = Field(None, gt=0)
     """Resample the patch embedding of a plain ViT to this patch size in pixels (Rein: DINOv2 14 to
     16); None: as pre-trained."""
+    normalisation: Literal["pretrained", "imagenet"] = "pretrained"
+    """Mean and spread of pixels: as the weights were trained with, or ImageNet's (VLTSeg)."""
     output_norm: bool = False
     """A LayerNorm on each of the four outputs of a ConvNeXt (mmpretrain's, Rein's)."""
     checkpointing: bool = False

@@ -128,6 +128,21 @@ MMPRETRAIN_CONVNEXT: Rules = [
 """mmpretrain's ConvNeXt to our `ConvNextEncoder` around timm's."""
 
 
+EVA_ENCODER: Rules = [
+    (r"(cls_token|pos_embed|patch_embed\.proj\..+)", r"encoder.trunk.\1"),
+    (r"blocks\.(\d+)\.attn\.([qkv])_bias", r"encoder.trunk.blocks.\1.attn.\2_proj.bias"),
+    (r"blocks\.(\d+)\.attn\.inner_attn_ln\.(.+)", r"encoder.trunk.blocks.\1.attn.norm.\2"),
+    (r"blocks\.(\d+)\.mlp\.ffn_ln\.(.+)", r"encoder.trunk.blocks.\1.mlp.norm.\2"),
+    (r"blocks\.(\d+)\.mlp\.w1\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc1_g.\2"),
+    (r"blocks\.(\d+)\.mlp\.w2\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc1_x.\2"),
+    (r"blocks\.(\d+)\.mlp\.w3\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc2.\2"),
+    (r"blocks\.(\d+\.(?:norm1|norm2|attn)\..+)", r"encoder.trunk.blocks.\1"),
+    (r"fpn1\.(.+)", r"neck.fpn1.\1"),
+    (r"fpn2\.0\.(.+)", r"neck.fpn2.\1"),
+]
+"""EVA-02's own names and the pyramid of VLTSeg (after `backbone.`) to ours, timm's inside."""
+
+
 def rename(
     state: Mapping[str, torch.Tensor], rules: Rules, *, prefix: str = "", new_prefix: str = ""
 ) -> tuple[dict[str, torch.Tensor], list[str]]:

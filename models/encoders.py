@@ -43,6 +43,10 @@ class Encoder(nn.Module):
     def __init__(self, *, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.checkpointing = False
+        self.normalise_by(mean, std)
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the normalisation, on 0..255 RGB."""
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 

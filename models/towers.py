@@ -48,6 +48,8 @@ def build_encoder(config: EncoderConfig, tuning: TuningConfig, *, load: bool = T
                 f"encoder.patch_size: {config.name} has no patch embedding to resample"
             )
         encoder.resample_patches(config.patch_size)
+    if config.normalisation == "imagenet":
+        encoder.normalise_by(IMAGENET_MEAN, IMAGENET_STD)
     encoder.checkpointing = config.checkpointing
     return encoder
 

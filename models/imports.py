@@ -1,0 +1,244 @@
+"""Checkpoints of the published systems made segmenters of ours: CLOUDS, Rein, VLTSeg.
+
+Files are read weights-only: pickled helper objects become inert stand-ins. Every tensor is
+accounted for, and a partial match is refused.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+
+from models.build import build_segmenter
+from models.checkpoints import KeyReport, compare_keys, saved_state
+from models.config import SegmenterConfig
+from models.convert import (
+    CLOUDS_DECODER,
+    EVA_ENCODER,
+    MMDET_DECODER,
+    MMPRETRAIN_CONVNEXT,
+    REIN_TOKENS,
+    rename,
+)
+from models.segmenter import Segmenter
+
+Origin = Literal["clouds", "rein", "vltseg"]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A foreign state dict in our names."""
+
+    origin: Origin
+    """Which system the names belong to."""
+    state: dict[str, torch.Tensor]
+    """Tensors by our names."""
+    left_out: tuple[str, ...]
+    """Foreign names that are not needed (text tower, SAM, teacher, precomputed tables)."""
+    strange: tuple[str, ...]
+    """Foreign names that no rule knows."""
+
+
+class Inert:
+    """Stands in for a pickled helper object; takes anything, does nothing."""
+
+    def __init__(self, *args: object, **options: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file, by name; no code of the file is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that holds no state dict.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins = [(type("Inert", (Inert,), {}), name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
+            whole = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read weights-only: {error}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(whole, dict) and isinstance(whole.get(key), dict):
+            whole = whole[key]
+    if not isinstance(whole, dict):
+        raise ValueError(f"{path} holds no state dict but a {type(whole).__name__}")
+    return {k: v for k, v in whole.items() if isinstance(v, torch.Tensor)}
+
+
+def translate(state: Mapping[str, torch.Tensor]) -> Translation:
+    """Recognise whose names these are, and translate them.
+
+    Raises:
+        ValueError: names of none of the known systems.
+    """
+    names = list(state)
+    if any(n.startswith("sem_seg_head.predictor.") for n in names):
+        return translate_clouds(state)
+    if any(n.startswith("backbone.reins.") for n in names):
+        return translate_rein(state)
+    if any(n.startswith("decode_head.transformer_decoder.") for n in names):
+        return translate_vltseg(state)
+    raise ValueError(
+        "no names of CLOUDS (sem_seg_head.predictor.*), Rein (backbone.reins.*) or VLTSeg "
+        f"(decode_head.transformer_decoder.*); the file has e.g. {', '.join(names[:4])}"
+    )
+
+
+def translate_clouds(state: Mapping[str, torch.Tensor]) -> Translation:
+    """detectron2 names: `sem_seg_head.*` and the whole CLIP under `backbone.clip_model.*`."""
+    ours, strange = rename(state, CLOUDS_DECODER, prefix="sem_seg_head.", new_prefix="decoder.")
+    visual = "backbone.clip_model.visual."
+    inner = f"{visual}trunk." if any(n.startswith(f"{visual}trunk.") for n in state) else visual
+    left_out = []
+    for name, value in state.items():
+        unused = name.startswith((f"{inner}head.", f"{inner}attnpool."))
+        if name.startswith(inner) and not unused:
+            ours[f"encoder.trunk.{name.removeprefix(inner)}"] = value
+        elif not name.startswith("sem_seg_head."):
+            known = ("backbone.", "sam.", "teacher", "criterion.", "pixel_", "text", "void")
+            (left_out if name.startswith(known) else strange).append(name)
+    return Translation("clouds", ours, tuple(left_out), tuple(strange))
+
+
+def translate_rein(state: Mapping[str, torch.Tensor]) -> Translation:
+    """mmdetection names, and `backbone.reins.*`; ConvNeXt has a number after `reins.`."""
+    ours, strange, left_out = translate_mmdet(state)
+    prefix = "backbone.reins."
+    staged = f"{prefix}0.scale" in state
+    for stage in range(4) if staged else (None,):
+        inner = prefix if stage is None else f"{prefix}{stage}."
+        more, unknown = rename(
+            state, REIN_TOKENS, prefix=inner, new_prefix=f"tokens.stages.{stage or 0}."
+        )
+        ours |= more
+        strange += unknown
+    for name, value in state.items():
+        if not name.startswith("backbone.") or name.startswith(prefix):
+            continue
+        if staged:
+            more, unknown = rename(
+                {name: value}, MMPRETRAIN_CONVNEXT, prefix="backbone.", new_prefix="encoder."
+            )
+            ours |= more
+            left_out += unknown
+        else:
+            left_out.append(name)
+    return Translation("rein", ours, tuple(left_out), tuple(strange))
+
+
+def translate_vltseg(state: Mapping[str, torch.Tensor]) -> Translation:
+    """mmdetection names, EVA-02's own under `backbone.`, and the pyramid beside them."""
+    ours, strange, left_out = translate_mmdet(state)
+    tables = [n for n in state if n.startswith("backbone.") and "rope." in n]
+    rest = {n: v for n, v in state.items() if n not in set(tables)}
+    more, unknown = rename(rest, EVA_ENCODER, prefix="backbone.")
+    return Translation("vltseg", ours | more, tuple(left_out + tables), tuple(strange + unknown))
+
+
+def translate_mmdet(
+    state: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
+    """The head of mmdetection: ours, strange names, names that are not needed."""
+    ours, strange = rename(state, MMDET_DECODER, prefix="decode_head.", new_prefix="decoder.")
+    unused = ("decode_head.conv_seg.", "decode_head.loss_")
+    left_out = [n for n in strange if n.startswith(unused)]
+    other = [n for n in state if not n.startswith(("decode_head.", "backbone."))]
+    for name in other:
+        known = name.startswith(("data_preprocessor.", "teacher", "auxiliary_head."))
+        (left_out if known else strange).append(name)
+    return ours, [n for n in strange if n not in set(left_out)], left_out
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of every tensor of a foreign checkpoint."""
+
+    origin: Origin
+    keys: KeyReport
+    """How the translated tensors fit what our checkpoint stores."""
+    left_out: tuple[str, ...]
+    """Foreign names that are not needed."""
+    verified: int
+    """Frozen tensors of the file that equal the configured pre-trained weights."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.origin} checkpoint: {self.keys}; {self.verified} frozen tensors verified; "
+            f"{len(self.left_out)} not needed"
+        )
+
+
+def import_segmenter(
+    path: Path, *, config: SegmenterConfig, class_names: Sequence[str]
+) -> tuple[Segmenter, ImportReport]:
+    """A segmenter with the weights of a published checkpoint, in eval mode.
+
+    Args:
+        path: the authors' file.
+        config: what it is a checkpoint of (a `*_released` recipe's segmenter).
+        class_names: classes in the order of train ids.
+
+    Raises:
+        ValueError: names that no rule knows, tensors that are missing or misshapen, or frozen
+            weights that differ from those of the config.
+    """
+    translation = translate(read_state(path))
+    if translation.strange:
+        listed = ", ".join(translation.strange[:8])
+        raise ValueError(f"{path}: {len(translation.strange)} unknown names: {listed}")
+    segmenter = build_segmenter(config, class_names=class_names)
+    stored, whole = saved_state(segmenter), segmenter.state_dict()
+    needed = {n: v for n, v in translation.state.items() if n in stored or n not in whole}
+    report = ImportReport(
+        origin=translation.origin,
+        keys=compare_keys(needed, stored),
+        left_out=translation.left_out,
+        verified=verify_frozen(path, translation.state, whole, stored),
+    )
+    if not report.keys.complete:
+        hint = ""
+        if config.encoder.weights is None and any("encoder." in n for n in report.keys.missing):
+            hint = "; the file has no encoder: name its pre-trained weights in encoder.weights"
+        raise ValueError(f"{path} does not fit the segmenter: {report}{hint}")
+    with torch.no_grad():
+        for name, value in needed.items():
+            stored[name].copy_(value)
+    return segmenter.eval(), report
+
+
+def verify_frozen(
+    path: Path,
+    found: Mapping[str, torch.Tensor],
+    whole: Mapping[str, torch.Tensor],
+    stored: Mapping[str, torch.Tensor],
+) -> int:
+    """Count the file's tensors that the config's frozen weights have as well, with equal values.
+
+    Raises:
+        ValueError: a tensor that differs.
+    """
+    frozen = [n for n in found if n in whole and n not in stored]
+    for name in frozen:
+        ours, theirs = whole[name], found[name]
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours), atol=1e-5):
+            raise ValueError(
+                f"{path}: {name} is not what the config's pre-trained weights hold; "
+                "set encoder.weights to none to take the file's"
+            )
+    return len(frozen)
