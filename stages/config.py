@@ -183,6 +183,9 @@ class WritePromptsConfig(Section):
     without a model; "random": a tiny one with random weights (tests only)."""
     revision: str | None = None
     """Revision of a hub model."""
+    server: Annotated[str | None, NOT_IN_KEY] = None
+    """Base address of an OpenAI-compatible server that serves `model` (http://localhost:8000/v1);
+    its key is read from the environment variable OPENAI_API_KEY. None: load the model here."""
     batch_size: int = Field(8, gt=0)
     """Prompts asked for at once."""
     max_new_tokens: int = Field(96, gt=0)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from models.hub import model_label
+from models.served_writer import ServedWriter, connect
 from models.writer import Reply, Writer, count_clip_tokens, load_writer
 from prompts.loader import BankPrompt, load_attributes, load_bank, load_words
 from prompts.plan import Ask, class_weights, make_plan
@@ -68,6 +69,7 @@ def run(
             classes are asked for equally often.
 
     Raises:
+        ConnectionError: the server does not answer; what it wrote so far is kept for a restart.
         FileNotFoundError: the model is not to be had.
         ValueError: it has no chat template, too few replies are valid, or the bank is too small.
     """
@@ -138,10 +140,12 @@ def _check_bank(section: WritePromptsConfig) -> None:
         )
 
 
-def _load(config: StageConfig) -> Writer | None:
+def _load(config: StageConfig) -> Writer | ServedWriter | None:
     section = config.write_prompts
     if section.model == BANK:
         return None
+    if section.server is not None:
+        return connect(section.server, model=section.model)
     device = choose_device(config)
     return load_writer(
         section.model,
@@ -157,7 +161,7 @@ class _Asking:
     """Asks a writer for every description of a plan until it is valid, or too often."""
 
     section: WritePromptsConfig
-    writer: Writer
+    writer: Writer | ServedWriter
     words_of: Mapping[str, Sequence[str]]
     seed: int
     state: Path
