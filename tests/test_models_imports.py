@@ -4,7 +4,6 @@ The files are written here under the names of the released checkpoints, because 
 themselves are not at hand.
 """
 
-# ruff: noqa: E501 (a table of names reads best with one per line)
 import re
 
 import pytest
