@@ -206,6 +206,8 @@ class Batches(Dataset):
             sampler=range(start, stop),
             num_workers=workers,
             collate_fn=_unchanged,
+            # Its own: otherwise the loader would draw from the global one when it starts.
+            generator=torch.Generator(),
         )
 
 

@@ -18,9 +18,9 @@ need alone):
 `prepare`       parts `labelspace/labelspace.json`; `sources/ targets/ validation/ unlabelled/`,
                 each with `<dataset>.jsonl` (one sample a line: id "dataset/stem", image, label or
                 null (paths relative to the data set's root), height, width, image_digest,
-                label_digest), `<dataset>.json` (layout, split, label map, num_samples, class pixel
-                counts, what was refused and why) and `roots.json` (data set -> absolute root; not
-                digested).
+                label_digest, classes {train id: pixels}), `<dataset>.json` (layout, split,
+                label_kind, label_map with its ids, num_samples, class_pixels, refused with why,
+                also_in_sources) and `roots.json` (data set -> absolute root; not digested).
 `train_source`  `model.safetensors checkpoint.json [ema.safetensors]`, `logs/metrics.jsonl` (one
                 JSON a line with "step" and floats).
 `write_prompts` `prompts.jsonl`: id, text, attributes, classes (asked for), model, seed;
@@ -37,10 +37,12 @@ need alone):
                 `checkpoint.json`.
 `self_train`    as `train_source`; `model.safetensors` student, `ema.safetensors` EMA teacher.
 `evaluate`      `results.json`: {"protocol": {...}, "classes": [...], "sets": {dataset:
-                {"confusion": [[...]], "iou": [...], "miou": float, "num_images": int}},
-                "miou_mean": float}; `predictions/<dataset>/<stem>.png` (train ids) of the first
-                few samples, `predictions/index.jsonl` (dataset, id, image (absolute paths stay
-                out: id), file).
+                {"confusion": [[...]] (row truth), "iou": [...], "miou", "mean_accuracy",
+                "pixel_accuracy", "num_images", "label_map", "split"}}, "miou_mean": float}
+                (fractions; null where a class does not count); of a few samples per set
+                `predictions/<dataset>/<stem>.png` (train ids), `<stem>.truth.png`,
+                `<stem>.image.jpg`, `predictions/index.jsonl` (dataset, id, file, truth_file,
+                image_file).
 `report`        `report.html`, `results.json`.
 
 A shard is a folder `shard-00000` of at most 1000 items with its own `index.jsonl` and `shard.json`

@@ -91,7 +91,9 @@ def test_a_batch_depends_on_seed_and_step_alone(samples):
 def test_a_stream_gives_the_same_batches_with_any_number_of_processes(samples, workers):
     batches = SourceBatches(samples, batch_size=4, augment=CROP, seed=3)
     expected = [batches.batch(step) for step in range(2, 7)]
+    state = torch.get_rng_state()
     streamed = list(batches.stream(2, 7, workers=workers))
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(same(one, other) for one, other in zip(streamed, expected, strict=True))
 
 

@@ -139,6 +139,26 @@ def test_a_data_set_of_the_rendered_world_is_found_in_the_artifact(tmp_path):
     assert summary.numbers["sources"] == 3
 
 
+def test_classes_of_ones_own_come_from_a_file_of_ones_own(tmp_path, root):
+    (tmp_path / "three.yaml").write_text(
+        "name: three\n"
+        "classes:\n"
+        "  - {id: 0, name: ground, colour: [128, 64, 128]}\n"
+        "  - {id: 1, name: moving, colour: [0, 0, 142], thing: true}\n"
+        "  - {id: 2, name: rest, colour: [70, 70, 70]}\n"
+        "maps:\n"
+        "  cityscapes: {ids: {7: 0, 8: 0, 24: 1, 26: 1, 11: 2, 21: 2, 23: 2}, ignored: [0-6]}\n"
+    )
+    labels = str(tmp_path / "three.yaml")
+    prepared(tmp_path / "out", root, labels=labels, sources=[GTA], targets=[CITY])
+    for part in ("sources", "targets"):
+        for sample in load_index(tmp_path / "out" / part):
+            assert set(np.unique(sample.read_label())) <= {0, 1, 2, 255}
+    card = json.loads((tmp_path / "out" / "sources" / "gta.json").read_text())
+    assert set(card["class_pixels"]) == {"ground", "moving", "rest"}
+    assert min(card["class_pixels"].values()) > 0
+
+
 def test_unlabelled_folders_have_no_labels(tmp_path, root):
     dataset = {"name": "web", "layout": "folder", "root": "gta/images"}
     prepared(tmp_path / "out", root, unlabelled=[dataset])
