@@ -66,9 +66,8 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
 def _data(recipe: Any) -> Iterator[Finding]:
     path = labelspace_file(recipe.data.labels)
     if not path.is_file():
-        known = ", ".join(
-            sorted(p.stem for p in labelspace_file("").parent.glob("*.yaml")) or ["-"]
-        )
+        shipped = labelspace_file("cityscapes19").parent.glob("*.yaml")
+        known = ", ".join(sorted(path.stem for path in shipped))
         text = (
             f"{recipe.data.labels!r} is neither a shipped label space nor a file; shipped: {known}"
         )

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Console:
 
     def __init__(self) -> None:
         self._bars: Any = None
+        self._noted: set[str] = set()
 
     def __enter__(self) -> "Console":
         return self
@@ -82,7 +83,7 @@ class Console:
         if resumes:
             say(f"{instance.name}: goes on from {resumes}")
         if not sys.stderr.isatty():
-            return _Quiet(instance.name)
+            return _Quiet(self._note)
         from rich import progress
         from rich.console import Console as RichConsole
 
@@ -97,7 +98,13 @@ class Console:
             transient=True,
         )
         self._bars.start()
-        return _Bar(self._bars, instance.name)
+        return _Bar(self._bars, instance.name, self._note)
+
+    def _note(self, text: str) -> None:
+        """A stage's note, once: every stage tells the same of its device."""
+        if text not in self._noted:
+            self._noted.add(text)
+            say(f"  {text}") if self._bars is None else self._bars.console.print(f"  {text}")
 
     def stage_finished(self, instance: Instance, result: Result) -> None:
         """One line: what, how many, how long, where."""
@@ -112,8 +119,9 @@ class Console:
 
 
 class _Bar:
-    def __init__(self, bars: Any, name: str) -> None:
+    def __init__(self, bars: Any, name: str, note: Callable[[str], None]) -> None:
         self._bars = bars
+        self.note = note
         self._task = bars.add_task(name, total=None, unit="", metrics="")
 
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
@@ -124,22 +132,16 @@ class _Bar:
         fields = {"metrics": shown} if shown else {}
         self._bars.update(self._task, advance=count, **fields)
 
-    def note(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False)
-
 
 class _Quiet:
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
 
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
         pass
 
     def advance(self, count: int = 1, **metrics: float) -> None:
         pass
-
-    def note(self, text: str) -> None:
-        say(f"{self._name}: {text}")
 
 
 def _place(folder: Path) -> str:

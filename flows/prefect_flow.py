@@ -138,8 +138,10 @@ def clouds(
             overrides=overrides,
             around=desk.as_task,
         )
-    finally:
-        desk.summarise()
+    except BaseException as error:
+        desk.summarise(stopped_by=error)
+        raise
+    desk.summarise()
     done = {"id": record["id"], "instances": record["instances"]}
     fresh = sum(not entry["cached"] for entry in record["instances"].values())
     text = f"{fresh} made, {len(record['instances']) - fresh} done before"
@@ -214,7 +216,7 @@ def _reference(result: Result) -> Reference:
         instance=artifact.name,
         key=artifact.key,
         digest=artifact.manifest["digest"],
-        folder=str(artifact.folder),
+        folder=str(artifact.folder.absolute()),
     )
 
 
@@ -301,14 +303,18 @@ class _Desk:
                 return (result.artifact.folder / "report.html").absolute()
         return None
 
-    def summarise(self) -> None:
+    def summarise(self, stopped_by: BaseException | None = None) -> None:
         """Keys and folders of everything this run made or found, as a page of the run."""
-        lines = ["| instance | | key | folder |", "|---|---|---|---|"]
+        page = [f"# {self.engine.recipe.name}", ""]
+        if stopped_by is not None:
+            page += [f"Stopped: {stopped_by or type(stopped_by).__name__}", ""]
+        if isinstance(stopped_by, StageError):
+            page += [f"The whole error is kept at `{stopped_by.kept.absolute()}`.", ""]
+        page += ["| instance | | | key | folder |", "|---|---|---|---|---|"]
         for name, result in self.results.items():
             how = "cached" if result.cached else f"{result.seconds:.1f} s"
-            artifact = result.artifact
-            lines.append(f"| {name} | {how} | `{artifact.key}` | `{artifact.folder}` |")
-        page = [f"# {self.engine.recipe.name}", "", *lines]
+            where = f"`{result.artifact.key}` | `{result.artifact.folder.absolute()}`"
+            page.append(f"| {name} | {how} | {result.text} | {where} |")
         if report := self.report():
             page += ["", f"Report: `{report}`"]
         _tell(create_markdown_artifact, key="clouds-summary", markdown="\n".join(page))

@@ -6,6 +6,7 @@ Leaves `labelspace/labelspace.json` and, per role (sources, targets, validation,
 index, a card and the roots. The index does not depend on where the data sets lie.
 """
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from stages.config import DataConfig, DatasetConfig, PrepareConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.labels import IGNORE, IdMap, LabelSpace, load_labelspace
-from stages.layouts import Listing, Pair, dataset_root, list_pairs
+from stages.layouts import WORLD_PREFIX, Listing, Pair, dataset_root, list_pairs
 from stages.readers import CorruptFileError, read_image, read_label, resize_label
 from stages.shards import Row, file_digest, read_jsonl, write_json, write_jsonl
 
@@ -88,9 +89,35 @@ def run(
                 _write_dataset(part, job, rows[role, job.dataset.name], space, seen_in_sources)
             )
             _tell(job, cards[-1], progress)
-        write_json(part / "roots.json", {job.dataset.name: str(job.root.resolve()) for job in mine})
+        write_json(part / "roots.json", {job.dataset.name: _root_entry(job, part) for job in mine})
     shutil.rmtree(state)
     return _summary(cards)
+
+
+def _root_entry(job: _Job, part: Path) -> str:
+    """Absolute, but relative to the part for a rendered world: artifacts may move together."""
+    if job.dataset.root.startswith(WORLD_PREFIX):
+        return os.path.relpath(job.root, part)
+    return str(job.root.resolve())
+
+
+def check_labels(dataset: DatasetConfig, data: DataConfig, *, role: str, num_samples: int) -> str:
+    """Read a few samples of a data set as `prepare` would, evenly spaced.
+
+    Returns:
+        A line for people.
+
+    Raises:
+        FileNotFoundError: a folder or label is missing.
+        ValueError: label values outside the map, unreadable files or sizes that differ.
+    """
+    few = dataset.model_copy(update={"limit": min(num_samples, dataset.limit or num_samples)})
+    root = dataset_root(dataset, data.root)
+    listing = list_pairs(few, root, role=role, labelled=True)
+    id_map = _id_map(dataset, listing, load_labelspace(data.labels))
+    job = _Job(role=role, dataset=dataset, root=root, listing=listing, id_map=id_map)
+    _stop_on_errors(job, [_check_sample(job, pair, PrepareConfig()) for pair in listing.pairs])
+    return f"{len(listing.pairs)} samples read, map {id_map.name}"
 
 
 def _jobs(data: DataConfig, space: LabelSpace, world: Path | None) -> Iterator[_Job]:

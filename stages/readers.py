@@ -87,7 +87,7 @@ def load_index(part: Path) -> list[Sample]:
         raise FileNotFoundError(f"{roots_file} is missing: run `clouds --stage prepare` again.")
     roots = json.loads(roots_file.read_text(encoding="utf-8"))
     return [
-        sample for name in sorted(roots) for sample in _load_dataset(part, name, Path(roots[name]))
+        sample for name in sorted(roots) for sample in _load_dataset(part, name, part / roots[name])
     ]
 
 

@@ -1,0 +1,123 @@
+"""Pre-train the miniature's networks by the same engine and store as the pipeline.
+
+python flows/miniature.py                              all of it; hours on two cores
+python flows/miniature.py --stage pretrain_sam         one stage; goes on where it was interrupted
+python flows/miniature.py --set pretrain_sam.steps=20000
+python flows/miniature.py plan                         what would run, and why
+
+What comes out lies in `artifacts/`; the networks that ship in `models/miniature/` were copied from
+there once `measure_miniature` had passed them.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_ROOT = str(Path(__file__).resolve().parents[1])
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = _ROOT  # not flows/: its modules would hide others of the same name
+elif _ROOT not in sys.path:
+    sys.path.insert(0, _ROOT)
+
+from flows import console  # noqa: E402
+from flows.engine import Engine, MissingNeedError, StageError  # noqa: E402
+from flows.pipeline import select  # noqa: E402
+from flows.recipes import ConfigError, parse_override, set_dotted, validate  # noqa: E402
+from flows.runs import run  # noqa: E402
+from flows.store import Store, StoreError  # noqa: E402
+from stages.contracts import Contract, Need  # noqa: E402
+from stages.launch import execute  # noqa: E402
+from stages.pretrain_config import PretrainRecipe  # noqa: E402
+
+CONTRACTS: tuple[Contract, ...] = (
+    Contract(
+        name="pretrain_clip",
+        version=1,
+        verb="stages.pretrain_clip",
+        does="Train the miniature CLIP on rendered web pictures and their captions.",
+        sections=("pretrain_clip",),
+        numeric=True,
+    ),
+    Contract(
+        name="pretrain_sam",
+        version=1,
+        verb="stages.pretrain_sam",
+        does="Train the miniature SAM on rendered web pictures and noisy prompts.",
+        sections=("pretrain_sam",),
+        numeric=True,
+    ),
+    Contract(
+        name="measure_miniature",
+        version=1,
+        verb="stages.measure_miniature",
+        does="Measure both on web pictures that no training saw.",
+        sections=("measure_miniature",),
+        needs=(
+            Need(role="clip", stage="pretrain_clip"),
+            Need(role="sam", stage="pretrain_sam"),
+        ),
+        numeric=True,
+    ),
+)
+"""The stages of the pre-training, each after everything it needs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run or plan; 0 when all went well, 2 for a user's mistake, 1 otherwise."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level="INFO", format="%(message)s")
+    try:
+        engine = Engine(
+            recipe=make_recipe(arguments.overrides),
+            store=Store(Path(arguments.artifacts)),
+            contracts=CONTRACTS,
+            command="python flows/miniature.py",
+        )
+        chosen = select(engine.instances, stage=arguments.stage)
+        if arguments.verb == "plan":
+            for step in engine.plan(chosen):
+                console.say(f"{step.action.upper():<8}{step.instance.name:<22}{step.reason}")
+            return 0
+        with console.Console() as listener:
+            run(
+                engine,
+                chosen,
+                listener=listener,
+                execute=lambda spec, progress, _lock: execute(spec, progress),
+                overrides=arguments.overrides,
+            )
+    except (ConfigError, MissingNeedError, StoreError) as error:
+        console.error(str(error))
+        return 2
+    except StageError as error:
+        console.error(str(error))
+        return 1
+    return 0
+
+
+def make_recipe(overrides: Sequence[str] = ()) -> PretrainRecipe:
+    """The pre-training's recipe with dotted overrides.
+
+    Raises:
+        ConfigError: an unknown key or a bad value.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        set_dotted(tree, *parse_override(override))
+    return validate(tree, model=PretrainRecipe, place="pre-training")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="miniature", description=__doc__.splitlines()[0])
+    parser.add_argument("verb", nargs="?", choices=("run", "plan"), default="run")
+    parser.add_argument("--stage", choices=[contract.name for contract in CONTRACTS])
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The command line as a user meets it: what it prints, its exit codes, and mistakes explained."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows.cli import main
+from flows.store import Store
+
+RECIPE = """
+description: two streets
+data:
+  sources: [{{name: streets, layout: cityscapes, root: {root}, split: train}}]
+  targets: [{{name: held_back, layout: cityscapes, root: {root}, split: val}}]
+"""
+
+
+def write_sample(root, split, stem, label=7, size=(64, 32)):
+    image = root / "leftImg8bit" / split / "town" / f"{stem}_leftImg8bit.png"
+    labels = root / "gtFine" / split / "town" / f"{stem}_gtFine_labelIds.png"
+    for path in (image, labels):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(stem))
+    Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(image)
+    Image.fromarray(np.full((32, 64), label, dtype=np.uint8)).save(labels)
+    return image, labels
+
+
+@pytest.fixture
+def streets(tmp_path):
+    """A small data set and a recipe for it; returns (data set's root, arguments)."""
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for number in range(2):
+            write_sample(root, split, f"town_{number:06d}_000000")
+    recipe = tmp_path / "streets.yaml"
+    recipe.write_text(RECIPE.format(root=root))
+    return root, ["--recipe", str(recipe), "--artifacts", str(tmp_path / "artifacts")]
+
+
+def prepare(arguments, *more):
+    return main([*arguments, "--stage", "prepare", *more])
+
+
+def test_prepare_runs_once_and_its_record_can_be_shown(streets, capsys, tmp_path):
+    root, arguments = streets
+    assert prepare(arguments) == 0
+    assert "2 sources" in capsys.readouterr().out
+    assert prepare(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    store = ["--artifacts", str(tmp_path / "artifacts")]
+    assert main(["status", *store]) == 0
+    assert "prepare" in capsys.readouterr().out
+    assert main(["show", "prepare", *store]) == 0
+    shown = capsys.readouterr().out
+    assert "digest" in shown
+    assert "nothing yet" in shown
+    assert main(["verify", "--full", *store]) == 0
+    assert main(["plan", *arguments, "--stage", "prepare"]) == 0
+    capsys.readouterr()
+    assert main(["plan", *arguments, "--json"]) == 3
+    plan = json.loads(capsys.readouterr().out)
+    assert plan[0] | {"key": "", "folder": ""} == {
+        "instance": "prepare",
+        "action": "SKIP",
+        "reason": "done",
+        "changes": [],
+        "key": "",
+        "folder": "",
+        "resumes": None,
+        "held_by": None,
+        "last_seconds": None,
+        "estimate_s": None,
+        "estimate_bytes": None,
+    }
+    write_sample(root, "train", "town_000009_000000")
+    main(["plan", *arguments])
+    assert "files of streets changed" in capsys.readouterr().out
+
+
+def test_moved_data_does_not_rerun_what_was_made_of_it(streets, tmp_path):
+    root, arguments = streets
+    prepare(arguments)
+    first = Store(tmp_path / "artifacts").newest("prepare")
+    shutil.move(root, tmp_path / "elsewhere")
+    override = ["--set", f"data.sources.0.root={tmp_path / 'elsewhere'}"]
+    override += ["--set", f"data.targets.0.root={tmp_path / 'elsewhere'}"]
+    assert prepare(arguments, *override) == 0
+    second = Store(tmp_path / "artifacts").newest("prepare")
+    assert first["key"] != second["key"]
+    assert first["digest"] == second["digest"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--recipe", "miniatur"], "did you mean 'miniature'"),
+        (["--set", "evaluate.batch_sise=3"], "did you mean 'batch_size'"),
+        (["--stage", "refin"], "did you mean 'refine'"),
+        (["--set", "data.labels=cityscapes"], "cityscapes19"),
+        (["--set", "data.sources.0.root=/nowhere"], "/nowhere"),
+        (["--set", "data.sources.0.split=trian"], "trian"),
+        (["--set", "refine.weights=builtin:nothing"], "builtin:nothing"),
+        (["--stage", "evaluate"], "--stage prepare"),
+        (["--force", "refind"], "did you mean 'refine'"),
+    ],
+)
+def test_mistakes_stop_before_any_work(streets, capsys, tmp_path, more, said):
+    _, arguments = streets
+    assert main([*arguments, *more]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(Store(tmp_path / "artifacts").artifacts())
+
+
+def damage_picture(root):
+    image = next(root.glob("leftImg8bit/train/*/*.png"))
+    image.write_bytes(image.read_bytes()[:100])
+    return image.name
+
+
+def damage_label(root):
+    label = next(root.glob("gtFine/train/*/*.png"))
+    Image.fromarray(np.full((32, 64), 77, dtype=np.uint8)).save(label)
+    return label.name
+
+
+def damage_size(root):
+    return write_sample(root, "train", "town_000005_000000", size=(32, 32))[0].name
+
+
+@pytest.mark.parametrize("damage", [damage_picture, damage_label, damage_size])
+def test_a_bad_file_is_named_and_the_error_kept(streets, capsys, tmp_path, damage):
+    root, arguments = streets
+    name = damage(root)
+    assert prepare(arguments) == 1
+    said = capsys.readouterr().err
+    assert name.split("_gtFine")[0].split("_leftImg8bit")[0] in said
+    assert "Traceback" not in said
+    assert main(["status", "--artifacts", str(tmp_path / "artifacts")]) == 0
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_corrupt_picture_is_left_out_only_if_asked(streets, capsys):
+    root, arguments = streets
+    damage_picture(root)
+    assert prepare(arguments, "--set", "prepare.on_corrupt=skip") == 0
+    assert "1 sources" in capsys.readouterr().out
+
+
+def test_an_empty_folder_says_what_it_expected(streets, capsys):
+    root, arguments = streets
+    for path in root.glob("leftImg8bit/train/*/*.png"):
+        path.unlink()
+    assert prepare(arguments) == 2
+    said = capsys.readouterr().err
+    assert "leftImg8bit" in said
+    assert "streets" in said
+
+
+def test_damage_is_told_by_verify(streets, capsys, tmp_path):
+    _, arguments = streets
+    prepare(arguments)
+    store = Store(tmp_path / "artifacts")
+    folder = store.folder("prepare", store.newest("prepare")["key"])
+    index = folder / "sources" / "streets.jsonl"
+    index.write_text(index.read_text().replace("town", "toxn", 1))
+    capsys.readouterr()
+    assert main(["verify", "--artifacts", str(tmp_path / "artifacts")]) == 1
+    assert "sources/streets.jsonl is altered" in capsys.readouterr().out
+    assert prepare(arguments) == 0
+    assert main(["verify", "--full", "--artifacts", str(tmp_path / "artifacts")]) == 0
+
+
+def test_adopted_prompts_and_pictures_stand_in_until_undone(streets, capsys, tmp_path):
+    _, arguments = streets
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A street in the rain.\nA road at noon.\n")
+    assert main(["adopt", "write_prompts", str(prompts), *arguments]) == 0
+    pictures = tmp_path / "pictures"
+    shutil.copytree(tmp_path / "data" / "leftImg8bit", pictures)
+    assert main(["adopt", "synthesize", str(pictures), *arguments]) == 0
+    capsys.readouterr()
+    main(["plan", *arguments])
+    out = capsys.readouterr().out
+    assert out.count("adopted from") == 2
+    store = Store(tmp_path / "artifacts")
+    lines = (
+        store.folder("write_prompts", store.pins()["write_prompts"]) / "prompts.jsonl"
+    ).read_text()
+    assert json.loads(lines.splitlines()[0])["text"] == "A street in the rain."
+    assert main(["adopt", "synthesize", "--undo", *arguments]) == 0
+    capsys.readouterr()
+    main(["plan", *arguments])
+    assert capsys.readouterr().out.count("adopted from") == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "content", "said"),
+    [
+        ("write_prompts", b"", "no prompts"),
+        ("write_prompts", b'{"text": "a"}\n{"txt": 1}\n', "line 2"),
+        ("synthesize", b"x", "no folder"),
+        ("train_source", b"x", "cannot adopt"),
+        ("report", b"x", "cannot be adopted"),
+    ],
+)
+def test_what_is_no_output_of_the_stage_is_not_adopted(
+    streets, capsys, tmp_path, stage, content, said
+):
+    _, arguments = streets
+    path = tmp_path / "thing.jsonl"
+    path.write_bytes(content)
+    assert main(["adopt", stage, str(path), *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert Store(tmp_path / "artifacts").pins() == {}
+
+
+def test_check_looks_at_everything_and_fails_with_what_is_missing(streets, capsys):
+    root, arguments = streets
+    assert main(["check", *arguments, "--set", "synthesize.model=random"]) == 0
+    out = capsys.readouterr().out
+    assert "2 samples" in out
+    assert "memory" in out
+    damage_label(root)
+    assert main(["check", *arguments]) == 1
+    assert "77" in capsys.readouterr().out
+
+
+def test_config_show_prints_what_can_be_read_again(streets, capsys, tmp_path):
+    _, arguments = streets
+    assert main(["config", "show", *arguments[:2], "--set", "seed=5"]) == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert main(["config", "validate", "--recipe", str(again)]) == 0
+    assert main(["config", "schema"]) == 0
+    assert "train_source" in capsys.readouterr().out
+
+
+def test_status_of_nothing_says_so(tmp_path, capsys):
+    assert main(["status", "--artifacts", str(tmp_path / "none")]) == 2
+    assert "no artifacts folder" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "examples:" in capsys.readouterr().out
