@@ -26,6 +26,7 @@ from models.miniature.renderer import Picture, render
 from models.miniature.sam_lessons import PROMPT_TYPES, Lesson
 from models.miniature.sam_network import build_sam, read_sizes
 from models.segmenter import Segmenter
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 from stages.labels import load_labelspace
 from stages.metrics import DatasetScore, scores
@@ -37,17 +38,17 @@ SAM_STYLES = ("web", "web_unseen", "source")
 
 
 def run(
-    config: MeasureMiniatureConfig,
+    config: StageConfig,
     *,
     out: Path,
-    clip: Path | None,
-    sam: Path | None,
     progress: Progress,
+    clip: Path | None = None,
+    sam: Path | None = None,
 ) -> Summary:
     """Measure, and leave `gates.json`: figures, and whether each gate is passed.
 
     Args:
-        config: how much is measured.
+        config: section `measure_miniature`.
         out: where `gates.json` goes.
         clip: folder of the CLIP; None leaves it out.
         sam: folder of the SAM; None leaves it out.
@@ -57,10 +58,10 @@ def run(
     progress.start((clip is not None) + (sam is not None), "networks")
     found: dict[str, Any] = {}
     if sam is not None:
-        found["sam"] = measure_sam(config, sam)
+        found["sam"] = measure_sam(config.measure_miniature, sam, seed=config.seed)
         progress.advance()
     if clip is not None:
-        found["clip"] = measure_clip(config, clip)
+        found["clip"] = measure_clip(config.measure_miniature, clip, seed=config.seed)
         progress.advance()
     write_json(out / "gates.json", found)
     passed = {name: part["passed"] for name, part in found.items()}
@@ -70,7 +71,7 @@ def run(
     )
 
 
-def measure_sam(config: MeasureMiniatureConfig, folder: Path) -> dict[str, Any]:
+def measure_sam(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> dict[str, Any]:
     """IoU of the prompts and of SAM's masks, per style and prompt type.
 
     A prompt's own IoU is that of the mask it was made from (for a box: of the filled box). The
@@ -85,11 +86,11 @@ def measure_sam(config: MeasureMiniatureConfig, folder: Path) -> dict[str, Any]:
     for style in SAM_STYLES:
         rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for index in range(config.num_sam_pictures):
-            seed = item_seed(config.seed, "judge sam", style, index)
-            picture = render(style, seed=seed)
+            picture_seed = item_seed(seed, "judge sam", style, index)
+            picture = render(style, seed=picture_seed)
             predictor.set_image(picture.image_HW3)
             for kind in PROMPT_TYPES:
-                generator = np.random.default_rng([seed, PROMPT_TYPES.index(kind)])
+                generator = np.random.default_rng([picture_seed, PROMPT_TYPES.index(kind)])
                 lesson = sam_lessons.make_lesson(
                     picture, generator, num_prompts=config.num_prompts, kind=kind, clean=False
                 )
@@ -148,19 +149,19 @@ def _filled(box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
-def measure_clip(config: MeasureMiniatureConfig, folder: Path) -> dict[str, Any]:
+def measure_clip(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> dict[str, Any]:
     """mIoU on web pictures of one head above three towers: shipped, from scratch, random.
 
     The head learns on source pictures only. The gate: the frozen shipped tower beats the same tower
     learning from scratch, with the same head and schedule.
     """
     train = [
-        render("source", seed=item_seed(config.seed, "judge source", index))
+        render("source", seed=item_seed(seed, "judge source", index))
         for index in range(config.num_source)
     ]
     judged = {
         style: [
-            render(style, seed=item_seed(config.seed, "judge clip", style, index))
+            render(style, seed=item_seed(seed, "judge clip", style, index))
             for index in range(config.num_web_val)
         ]
         for style in ("web", "source")
@@ -175,12 +176,12 @@ def measure_clip(config: MeasureMiniatureConfig, folder: Path) -> dict[str, Any]
     table: dict[str, Any] = {}
     for case, segmenter_config in cases.items():
         runs = []
-        for seed in range(config.num_seeds):
+        for head in range(seed, seed + config.num_seeds):
             seeded = segmenter_config.model_copy(
-                update={"decoder": segmenter_config.decoder.model_copy(update={"seed": seed})}
+                update={"decoder": segmenter_config.decoder.model_copy(update={"seed": head})}
             )
             segmenter = build_segmenter(seeded, class_names=names)
-            _learn(segmenter, train, config, seed)
+            _learn(segmenter, train, config, head)
             runs.append({style: _miou(segmenter, judged[style]) for style in judged})
         table[case] = {style: [round(run[style], 4) for run in runs] for style in judged}
     mean = {case: float(np.mean(row["web"])) for case, row in table.items()}
@@ -209,7 +210,7 @@ def _learn(
     )
     segmenter.train()
     for step in range(config.head_steps):
-        generator = np.random.default_rng([config.seed, seed, step])
+        generator = np.random.default_rng([seed, step])
         chosen = [pictures[i] for i in generator.integers(0, len(pictures), config.batch_size)]
         images, labels = _batch(chosen)
         images = _jitter(images, generator)

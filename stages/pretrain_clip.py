@@ -4,6 +4,7 @@ python flows/miniature.py --stage pretrain_clip
 """
 
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from models.miniature import materials as m
 from models.miniature.captions import LAYOUT_WORDS, SKY_WORDS, TIME_WORDS
 from models.miniature.clip_lessons import PatchHeads, View
 from models.miniature.renderer import render
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 from stages.pretrain_config import PretrainClipConfig
 from stages.pretraining import pretrain
@@ -30,12 +32,18 @@ SCALES = (1.0, 1.0, 1.0, 1.5, 2.0)
 """By how much whole views are enlarged, one draw per update: networks on top may do so too."""
 
 
-def run(config: PretrainClipConfig, *, out: Path, progress: Progress) -> Summary:
+def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
     """Train, and leave a folder that open_clip loads by `local-dir:`.
+
+    Args:
+        config: section `pretrain_clip`.
+        out: the artifact; an interrupted attempt goes on from its `state/`.
+        progress: told every step.
 
     Raises:
         TrainingError: the training diverged.
     """
+    section = config.pretrain_clip
     torch.manual_seed(config.seed)
     tokenizer = clip_network.train_tokenizer(sentences())
     sizes = clip_network.sized_config(tokenizer)
@@ -44,18 +52,22 @@ def run(config: PretrainClipConfig, *, out: Path, progress: Progress) -> Summary
     heads = PatchHeads(vision["width"], sizes["model_cfg"]["embed_dim"])
     both = nn.ModuleDict({"clip": clip, "heads": heads})
     both.train()
-    found = pretrain(
-        both,
-        lambda step: _losses(clip, heads, tokenizer, sizes["preprocess_cfg"], config, step),
-        config,
-        out=out,
-        progress=progress,
+    lesson = partial(
+        _losses,
+        clip,
+        heads,
+        tokenizer,
+        sizes["preprocess_cfg"],
+        section,
+        seed=config.seed,
+        bf16=config.precision == "bf16",
     )
+    found = pretrain(both, lesson, section, seed=config.seed, out=out, progress=progress)
     save_clip(clip, tokenizer, sizes, out)
-    pictures = config.steps * config.batch_size
+    pictures = section.steps * section.batch_size
     return Summary(
-        text=f"{config.steps} steps, {pictures} pictures, crop accuracy {found['accuracy']:.3f}",
-        numbers={"steps": config.steps, "pictures": pictures, **found},
+        text=f"{section.steps} steps, {pictures} pictures, crop accuracy {found['accuracy']:.3f}",
+        numbers={"steps": section.steps, "pictures": pictures, **found},
     )
 
 
@@ -96,17 +108,17 @@ def sentences() -> list[str]:
 
 
 def views_of_step(
-    config: PretrainClipConfig, step: int
+    config: PretrainClipConfig, step: int, *, seed: int
 ) -> tuple[list[View], list[View], random.Random]:
     """Whole views and crops of an update, and a source for its other draws."""
     whole, crops = [], []
     for index in range(config.batch_size):
-        seed = item_seed(config.seed, "clip", step, index)
-        picture = render("web", seed=seed)
-        rng = random.Random(seed)
+        picture_seed = item_seed(seed, "clip", step, index)
+        picture = render("web", seed=picture_seed)
+        rng = random.Random(picture_seed)
         whole.append(lessons.whole_view(picture, rng))
         crops += lessons.crop_views(picture, rng, config.crops_per_picture)
-    return whole, crops, random.Random(item_seed(config.seed, "clip words", step))
+    return whole, crops, random.Random(item_seed(seed, "clip words", step))
 
 
 def _losses(
@@ -116,44 +128,45 @@ def _losses(
     preprocess: dict[str, object],
     config: PretrainClipConfig,
     step: int,
+    *,
+    seed: int,
+    bf16: bool,
 ) -> dict[str, torch.Tensor]:
-    whole, crops, rng = views_of_step(config, step)
+    whole, crops, rng = views_of_step(config, step, seed=seed)
     words = [rng.choice(TEMPLATES).format(rng.choice(m.WORDS[label])) for label in lessons.LABELS]
     texts = clip_network.tokenize(tokenizer, [view.caption for view in crops] + words)
     # 1. Text: the crops' captions and one wording of every word.
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         embeddings = clip.encode_text(texts)
     embeddings = F.normalize(embeddings.float(), dim=-1)
     captions_BD, words_LD = embeddings[: len(crops)], embeddings[len(crops) :]
 
     # 2. Crops: against their captions as wholes, against words patch by patch.
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         features = lessons.tower_features(clip, lessons.images_tensor(crops, preprocess))
         pooled_BD = clip.visual.attnpool(features[-1])
         patches = lessons.patch_embeddings(clip, heads, features)
     scale = clip.logit_scale.clamp(max=4.6).exp()
     pooled_BD = F.normalize(pooled_BD.float(), dim=-1)
     contrast, accuracy = lessons.contrastive_loss(pooled_BD, captions_BD, scale, crops)
-    found_c, chosen_c = lessons.word_losses(patches, words_LD, _named(crops), heads)
+    found_c, chosen_c = lessons.word_losses(patches, words_LD, lessons.crop_words(crops), heads)
 
-    # 3. Whole views, as large as a segmenter may see them: words only.
+    # 3. Whole views, as large as a segmenter may see them: words of windows.
     images = lessons.images_tensor(whole, preprocess)
     enlarged = rng.choice(SCALES)
     if enlarged > 1:
         images = F.interpolate(images, scale_factor=enlarged, mode="bilinear")
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         features = lessons.tower_features(clip, images)
         patches = lessons.patch_embeddings(clip, heads, features)
-    found_w, chosen_w = lessons.word_losses(patches, words_LD, _named(whole), heads)
-    total = contrast + config.word_weight * (2 * (found_c + found_w) + chosen_c + chosen_w)
+    found_w, chosen_w = lessons.word_losses(patches, words_LD, lessons.window_words(whole), heads)
+    total = contrast + config.word_weight * (found_c + chosen_c + 2 * (found_w + chosen_w))
     return {
         "total": total,
         "contrast": contrast,
         "accuracy": accuracy,
-        "found": 0.5 * (found_c + found_w),
-        "chosen": 0.5 * (chosen_c + chosen_w),
+        "crops_found": found_c,
+        "crops_chosen": chosen_c,
+        "windows_found": found_w,
+        "windows_chosen": chosen_w,
     }
-
-
-def _named(views: list[View]) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(view.named_L) for view in views])

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.config import NOT_IN_KEY, Section
+from stages.config import NOT_IN_KEY, RunConfig, Section
 
 
 class PretrainSection(Section):
@@ -12,13 +12,11 @@ class PretrainSection(Section):
 
     steps: int = Field(gt=0)
     """Updates."""
-    seed: int = Field(0, ge=0)
-    """Seed of weights, pictures and prompts."""
     lr: float = Field(gt=0)
     """Learning rate of AdamW after the warm-up."""
     weight_decay: float = Field(0.05, ge=0)
     """Weight decay of matrices and kernels."""
-    warmup_steps: int = Field(200, ge=0)
+    warmup_steps: int = Field(100, ge=0)
     """Linear warm-up."""
     decay_share: float = Field(0.4, gt=0, le=1)
     """Last share of the steps, over which the learning rate falls linearly to nought."""
@@ -26,8 +24,6 @@ class PretrainSection(Section):
     """Largest gradient norm."""
     ema_decay: float = Field(0.998, ge=0, lt=1)
     """Average of the weights that is shipped."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Autocast of the forward pass."""
     checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(250, gt=0)
     """Steps between resumable checkpoints."""
     log_every: Annotated[int, NOT_IN_KEY] = Field(25, gt=0)
@@ -37,7 +33,7 @@ class PretrainSection(Section):
 class PretrainSamConfig(PretrainSection):
     """Train the miniature SAM on rendered web pictures."""
 
-    steps: int = Field(12_000, gt=0)
+    steps: int = Field(3_000, gt=0)
     """Updates."""
     lr: float = Field(8e-4, gt=0)
     """Learning rate of AdamW after the warm-up."""
@@ -54,23 +50,21 @@ class PretrainSamConfig(PretrainSection):
 class PretrainClipConfig(PretrainSection):
     """Train the miniature CLIP on rendered web pictures with captions."""
 
-    steps: int = Field(8_000, gt=0)
+    steps: int = Field(2_400, gt=0)
     """Updates."""
-    lr: float = Field(1.5e-3, gt=0)
+    lr: float = Field(1.2e-3, gt=0)
     """Learning rate of AdamW after the warm-up."""
     batch_size: int = Field(24, gt=0)
-    """Pictures per update; each gives crops, and a whole view for the words."""
-    crops_per_picture: int = Field(3, gt=0)
+    """Pictures per update; each gives crops, and a whole view for words in windows."""
+    crops_per_picture: int = Field(2, gt=0)
     """Crops with captions per picture, for the contrastive loss."""
     word_weight: float = Field(1.0, ge=0)
-    """Weight of the words-match-patches loss."""
+    """Weight of the losses between words and patches."""
 
 
 class MeasureMiniatureConfig(Section):
     """Measure the miniature's CLIP and SAM on web pictures that no training saw."""
 
-    seed: int = Field(0, ge=0)
-    """Seed of the judged pictures, of prompts and of heads."""
     num_sam_pictures: int = Field(60, gt=0)
     """Pictures per style for SAM."""
     num_prompts: int = Field(6, gt=0)
@@ -89,3 +83,18 @@ class MeasureMiniatureConfig(Section):
     """Heads trained per case."""
     mask_gain: float = 0.15
     """Least gain of masks over mask prompts, in IoU."""
+
+
+class PretrainRecipe(Section):
+    """The miniature's pre-trainings, as `flows/miniature.py` runs them."""
+
+    name: str = "pretraining"
+    """Name of the recipe."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, pictures, prompts and heads."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast of the forward passes."""
+    pretrain_clip: PretrainClipConfig = PretrainClipConfig()
+    pretrain_sam: PretrainSamConfig = PretrainSamConfig()
+    measure_miniature: MeasureMiniatureConfig = MeasureMiniatureConfig()
+    run: Annotated[RunConfig, NOT_IN_KEY] = RunConfig()

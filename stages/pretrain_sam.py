@@ -16,6 +16,7 @@ from models.miniature import sam_lessons
 from models.miniature.renderer import render
 from models.miniature.sam_lessons import AffinityHead, Lesson
 from models.miniature.sam_network import SIZES, build_sam
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 from stages.pretrain_config import PretrainSamConfig
 from stages.pretraining import pretrain
@@ -24,26 +25,37 @@ from stages.shards import item_seed
 WEIGHTS_NAME = "sam.safetensors"
 
 
-def run(config: PretrainSamConfig, *, out: Path, progress: Progress) -> Summary:
+def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
     """Train, and leave `sam.safetensors` (fp16) and `config.json`.
+
+    Args:
+        config: section `pretrain_sam`.
+        out: the artifact; an interrupted attempt goes on from its `state/`.
+        progress: told every step.
 
     Raises:
         TrainingError: the training diverged.
     """
-    torch.manual_seed(config.seed)
+    section, seed = config.pretrain_sam, config.seed
+    torch.manual_seed(seed)
     sam = build_sam(SIZES)
     head = AffinityHead(SIZES["prompt_embed_dim"])
     both = nn.ModuleDict({"sam": sam, "head": head})
     both.train()
     found = pretrain(
-        both, lambda step: _losses(sam, head, config, step), config, out=out, progress=progress
+        both,
+        lambda step: _losses(sam, head, section, step, seed=seed, bf16=config.precision == "bf16"),
+        section,
+        seed=seed,
+        out=out,
+        progress=progress,
     )
     sam.eval()
     save_sam(sam, out)
-    pictures = config.steps * config.batch_size
+    pictures = section.steps * section.batch_size
     return Summary(
-        text=f"{config.steps} steps, {pictures} pictures, IoU in training {found['iou']:.3f}",
-        numbers={"steps": config.steps, "pictures": pictures, **found},
+        text=f"{section.steps} steps, {pictures} pictures, IoU in training {found['iou']:.3f}",
+        numbers={"steps": section.steps, "pictures": pictures, **found},
     )
 
 
@@ -55,13 +67,13 @@ def save_sam(sam: Sam, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(SIZES, indent=2) + "\n", encoding="utf-8")
 
 
-def lessons_of_step(config: PretrainSamConfig, step: int) -> list[Lesson]:
+def lessons_of_step(config: PretrainSamConfig, step: int, *, seed: int) -> list[Lesson]:
     """The pictures and prompts of an update; a function of seed and step alone."""
     lessons: list[Lesson] = []
     for index in range(config.batch_size):
-        seed = item_seed(config.seed, "sam", step, index)
-        generator = np.random.default_rng(seed)
-        picture = render("web", seed=seed)
+        picture_seed = item_seed(seed, "sam", step, index)
+        generator = np.random.default_rng(picture_seed)
+        picture = render("web", seed=picture_seed)
         lesson = sam_lessons.make_lesson(picture, generator, num_prompts=config.num_prompts)
         if lesson is not None:
             lessons.append(lesson)
@@ -69,12 +81,11 @@ def lessons_of_step(config: PretrainSamConfig, step: int) -> list[Lesson]:
 
 
 def _losses(
-    sam: Sam, head: AffinityHead, config: PretrainSamConfig, step: int
+    sam: Sam, head: AffinityHead, config: PretrainSamConfig, step: int, *, seed: int, bf16: bool
 ) -> dict[str, torch.Tensor]:
-    lessons = lessons_of_step(config, step)
-    generator = np.random.default_rng(item_seed(config.seed, "sam clicks", step))
+    lessons = lessons_of_step(config, step, seed=seed)
+    generator = np.random.default_rng(item_seed(seed, "sam clicks", step))
     again = generator.random() < config.second_round
-    bf16 = config.precision == "bf16"
     total, ious, gains = torch.zeros(()), [], []
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         embeddings = sam_lessons.embed_images(sam, lessons)

@@ -27,6 +27,7 @@ def pretrain(
     losses: StepLosses,
     config: PretrainSection,
     *,
+    seed: int,
     out: Path,
     progress: Progress,
 ) -> dict[str, float]:
@@ -58,7 +59,7 @@ def pretrain(
     sums: dict[str, float] = {}
     row: dict[str, float] = {}
     for step in range(first, config.steps):
-        values = _update(network, optimizer, losses, config, step)
+        values = _update(network, optimizer, losses, config, seed, step)
         _follow(average, network, min(config.ema_decay, (1 + step) / (10 + step)))
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -72,8 +73,9 @@ def pretrain(
             state = {"network": network.state_dict(), "average": average, "cpu_s": cpu_s}
             checkpoints.save(step + 1, state | {"optimizer": optimizer.state_dict()})
 
-    # 3. What is shipped is the average.
+    # 3. What is shipped is the average; the state to resume from has done its duty.
     network.load_state_dict(average)
+    checkpoints.clear()
     return {**row, "cpu_s": spent_s + process_time() - started_s}
 
 
@@ -98,11 +100,12 @@ def _update(
     optimizer: torch.optim.Optimizer,
     losses: StepLosses,
     config: PretrainSection,
+    seed: int,
     step: int,
 ) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = config.lr * learning_rate_factor(config, step)
-    torch.manual_seed(config.seed * 1_000_003 + step)
+    torch.manual_seed(seed * 1_000_003 + step)
     optimizer.zero_grad(set_to_none=True)
     found = losses(step)
     found["total"].backward()

@@ -36,6 +36,8 @@ class View:
     image_HW3: np.ndarray
     """uint8 RGB."""
     caption: str
+    label_ids_HW: np.ndarray
+    """uint8 Cityscapes label ids, of which captions are made."""
     named_L: np.ndarray
     """bool, which of `LABELS` the caption names."""
 
@@ -44,7 +46,12 @@ def whole_view(picture: Picture, rng: random.Random) -> View:
     """The whole picture with its caption."""
     ids_HW = picture.label_ids_HW
     caption = describe(ids_HW, picture.attributes, rng)
-    return View(image_HW3=picture.image_HW3, caption=caption, named_L=_named(ids_HW))
+    return View(
+        image_HW3=picture.image_HW3,
+        caption=caption,
+        label_ids_HW=ids_HW,
+        named_L=_named(ids_HW),
+    )
 
 
 def crop_views(picture: Picture, rng: random.Random, count: int) -> list[View]:
@@ -65,7 +72,12 @@ def crop_views(picture: Picture, rng: random.Random, count: int) -> list[View]:
         if side != CROP_PX:
             image = image.resize((CROP_PX, CROP_PX), Image.Resampling.BICUBIC)
         views.append(
-            View(image_HW3=np.asarray(image), caption=caption or "", named_L=_named(ids_HW))
+            View(
+                image_HW3=np.asarray(image),
+                caption=caption or "",
+                label_ids_HW=ids_HW,
+                named_L=_named(ids_HW),
+            )
         )
     return views
 
@@ -96,7 +108,7 @@ class PatchHeads(nn.Module):
         self.stride8 = nn.Conv2d(width * 8, dim, 1)
         self.stride16 = nn.Conv2d(width * 16, dim, 1)
         self.log_scale = nn.Parameter(torch.full((3,), 2.5))
-        self.bias = nn.Parameter(torch.full((3,), -2.0))
+        self.bias = nn.Parameter(torch.full((3,), -3.0))
 
 
 def tower_features(clip: CLIP, images_B3HW: torch.Tensor) -> list[torch.Tensor]:
@@ -111,45 +123,69 @@ def tower_features(clip: CLIP, images_B3HW: torch.Tensor) -> list[torch.Tensor]:
 def patch_embeddings(
     clip: CLIP, heads: PatchHeads, features: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Unit vectors of all patches per stride, each [B, P, D] float32."""
+    """Unit vectors of all patches per stride, each [B, D, h, w] float32."""
     stride8, stride16, stride32 = features
     pool = clip.visual.attnpool
-    deep = pool.c_proj(pool.v_proj(stride32.flatten(2).transpose(1, 2)))
-    maps = [heads.stride8(stride8), heads.stride16(stride16)]
-    return [
-        F.normalize(x.float(), dim=-1)
-        for x in (*(y.flatten(2).transpose(1, 2) for y in maps), deep)
-    ]
+    deep = pool.c_proj(pool.v_proj(stride32.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+    maps = heads.stride8(stride8), heads.stride16(stride16), deep
+    return [F.normalize(x.float(), dim=1) for x in maps]
 
 
 def word_losses(
     patches: list[torch.Tensor],
     words_LD: torch.Tensor,
-    named_BL: torch.Tensor,
+    named: list[torch.Tensor],
     heads: PatchHeads,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words match patches, patches match words; both from captions alone.
+    """Words match patches, patches match words, region by region; from region captions alone.
 
-    1. Pooled over the patches (log-mean-exp), a word's similarity says whether the caption names
-    it.
-    2. Each patch, choosing among all words, chooses one that the caption names.
+    1. Pooled over a region's patches (log-mean-exp), a word's similarity says whether the region's
+       caption names it.
+    2. Each patch, choosing among all words, chooses one that its region's caption names.
+
+    Args:
+        patches: per stride, unit vectors [B, D, h, w].
+        words_LD: unit vectors of the words.
+        named: per stride, bool [B, r, c, L]: what the captions of a grid of regions name.
+        heads: scales and biases.
 
     Returns:
         The two losses, averaged over the strides.
     """
     found, chosen = [], []
-    for index, patches_BPD in enumerate(patches):
+    for index, (patches_BDhw, named_BrcL) in enumerate(zip(patches, named, strict=True)):
         scale = heads.log_scale[index].clamp(max=4.0).exp()
-        scores_BPL = scale * patches_BPD @ words_LD.T
-        pooled_BL = torch.logsumexp(scores_BPL, 1) - np.log(scores_BPL.shape[1])
-        pooled_BL = 2 * pooled_BL + heads.bias[index]
-        found.append(F.binary_cross_entropy_with_logits(pooled_BL, named_BL.float()))
-        shares_BPL = scores_BPL.log_softmax(-1)
-        allowed_BPL = shares_BPL.masked_fill(~named_BL[:, None], float("-inf"))
-        some_B = named_BL.any(1)
-        if some_B.any():
-            chosen.append(-torch.logsumexp(allowed_BPL[some_B], -1).mean())
+        scores_BLhw = scale * torch.einsum("bdhw,ld->blhw", patches_BDhw, words_LD)
+        named_BLrc = named_BrcL.permute(0, 3, 1, 2)
+        pooled_BLrc = F.adaptive_avg_pool2d((scores_BLhw - scale).exp(), named_BLrc.shape[-2:])
+        logits_BLrc = (pooled_BLrc + 1e-20).log() + scale + heads.bias[index]
+        found.append(F.binary_cross_entropy_with_logits(logits_BLrc, named_BLrc.float()))
+        allowed_BLhw = F.interpolate(named_BLrc.float(), scores_BLhw.shape[-2:]) > 0.5
+        some_Bhw = allowed_BLhw.any(1)
+        shares_BLhw = scores_BLhw.log_softmax(1).masked_fill(~allowed_BLhw, -1e4)
+        chosen.append(-torch.logsumexp(shares_BLhw, 1)[some_Bhw].mean())
     return torch.stack(found).mean(), torch.stack(chosen).mean()
+
+
+def crop_words(views: list[View]) -> list[torch.Tensor]:
+    """What crops' captions name, as one region per crop and stride: [B, 1, 1, L] each."""
+    named = torch.stack([torch.from_numpy(view.named_L) for view in views])
+    return [named[:, None, None]] * 3
+
+
+def window_words(views: list[View]) -> list[torch.Tensor]:
+    """What captions of windows name: windows of 16 pixels for strides 8 and 16, of 32 for 32.
+
+    A word stands for a label with at least a twentieth of its window.
+    """
+    ids_BHW = np.stack([view.label_ids_HW for view in views])
+    hits_BHWL = ids_BHW[..., None] == np.array(LABELS, dtype=np.uint8)
+    shares = []
+    for size in (16, 32):
+        batch, height, width, labels = hits_BHWL.shape
+        cells = hits_BHWL.reshape(batch, height // size, size, width // size, size, labels)
+        shares.append(torch.from_numpy(cells.mean(axis=(2, 4)) >= 0.05))
+    return [shares[0], shares[0], shares[1]]
 
 
 def contrastive_loss(

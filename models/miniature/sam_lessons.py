@@ -27,8 +27,8 @@ PROMPT_TYPES = ("point", "points", "box", "mask", "mask_points")
 TYPE_SHARES = (0.10, 0.30, 0.14, 0.30, 0.16)
 """How often a picture's prompts are of each type in training."""
 
-AREA_MIN_PX = 20
-"""Regions below are fragments, too small to have a shape at this size."""
+AREA_MIN_PX = 48
+"""Regions below are fragments without a shape at this size; refinement leaves them out as well."""
 
 MASK_LOGIT = 8.0
 """A mask prompt made from a binary mask holds plus and minus this; training varies it."""
