@@ -11,6 +11,7 @@ One thread and one process; both sides alternate in one process after a warm-up.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.batches import SourceBatches
 from stages.config import AugmentConfig
