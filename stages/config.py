@@ -250,12 +250,33 @@ class PseudoLabelConfig(Section):
 class SelectConfig(Section):
     """Choose which pictures are kept."""
 
-    rule: Literal["all", "confidence"] = "all"
-    """all: a pass-through; confidence: keep pictures by the teacher's mean confidence."""
+    rule: Literal["all", "confidence", "checks"] = "all"
+    """all: a pass-through; confidence: by the teacher's mean confidence; checks: by every threshold
+    below that is set."""
     keep_share: float = Field(1.0, gt=0, le=1)
-    """Share of pictures kept, best first, under rule "confidence"."""
+    """Share of pictures kept, those of highest mean confidence first."""
     min_confidence: float = Field(0.0, ge=0, le=1)
     """Drop pictures whose mean confidence is lower."""
+    sure_above: float = Field(0.9, ge=0, le=1)
+    """Confidence from which on a pixel counts as sure."""
+    min_sure_share: float = Field(0.0, ge=0, le=1)
+    """checks: drop pictures with a smaller share of sure pixels."""
+    min_classes: int = Field(0, ge=0)
+    """checks: drop pictures in which the teacher sees fewer classes."""
+    min_contrast: float = Field(0.02, ge=0, le=0.5)
+    """checks: drop pictures with a smaller standard deviation of luminance (0..1): blank ones."""
+    twin_bits: int | None = Field(4, ge=0, le=64)
+    """checks: drop pictures whose 64-bit perceptual hash differs in at most so many bits from that
+    of a kept one; None: no such check."""
+    clip: str | None = None
+    """checks: CLIP that compares picture and prompt (open_clip name, local-dir:FOLDER,
+    builtin:NAME); None: no such check."""
+    clip_weights: str | None = None
+    """Pre-trained tag or file of `clip`."""
+    min_similarity: float = Field(0.2, ge=-1, le=1)
+    """checks: drop pictures with a smaller cosine similarity to their prompt by `clip`."""
+    min_kept_share: float = Field(0.0, ge=0, le=1)
+    """Stop with an error when a smaller share of the pictures is kept."""
 
 
 class RefineConfig(Section):

@@ -292,6 +292,7 @@ CONTRACTS: tuple[Contract, ...] = (
             Need(role="labels", stage="pseudo_label"),
         ),
         rounds=lambda recipe: True,
+        weights=("select.clip",),
         exists=_in_rounds,
     ),
     Contract(

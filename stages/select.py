@@ -1,17 +1,24 @@
 """Choose which pictures are kept for self-training, with scores and reasons.
 
-    clouds --stage select --set select.rule=confidence --set select.keep_share=0.8
+    clouds --stage select --set select.rule=checks --set select.keep_share=0.8
 
-Rule `all` keeps every picture; rule `confidence` keeps those whose label the teacher is surest of.
+Rule `all` keeps every picture; `confidence` those whose label the teacher is surest of; `checks`
+drops blank pictures, near copies, those that do not fit their prompt, and those the teacher is
+unsure of, each by a threshold of its own.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from models.likeness import nearest
 from stages.config import SelectConfig, StageConfig
 from stages.contracts import Progress, Summary
-from stages.shards import Row, read_index, write_json, write_jsonl
+from stages.devices import choose_device
+from stages.picture_scores import PictureScore, measure
+from stages.shards import Row, write_json, write_jsonl
 
 
 def run(
@@ -22,71 +29,100 @@ def run(
     Args:
         config: reads `select`.
         out: the stage's folder.
-        progress: told the pictures.
+        progress: told each picture.
         pictures: artifact of `synthesize`.
         labels: artifact of `pseudo_label`.
 
     Raises:
-        ValueError: pictures and labels do not pair, or no picture is kept.
+        FileNotFoundError: the CLIP is not to be had.
+        ValueError: pictures and labels do not pair, or no picture (or too few) is kept.
     """
-    ids = [row["id"] for row in read_index(pictures)]
-    confidences = {row["id"]: float(row["mean_confidence"]) for row in read_index(labels)}
-    progress.start(len(ids), "pictures")
-    _check_pairs(ids, confidences)
-    rows = judge(ids, confidences, config.select)
-    if not any(row["kept"] for row in rows):
-        best = max(confidences.values(), default=0.0)
-        raise ValueError(
-            f"select keeps none of {len(rows)} pictures (the best mean confidence is {best:.3f}, "
-            f"select.min_confidence {config.select.min_confidence}): lower it, or train the "
-            "teacher longer."
-        )
+    section = config.select
+    device = choose_device(config).device
+    scores = measure(pictures, labels, section=section, device=device, progress=progress)
+    rows = judge(scores, section)
+    statistics = _statistics(rows)
+    _check_kept(statistics, scores, section)
     write_jsonl(out / "selection.jsonl", rows)
-    write_json(out / "statistics.json", _statistics(rows))
-    progress.advance(len(rows))
-    num_kept = sum(row["kept"] for row in rows)
+    write_json(out / "statistics.json", statistics)
+    num_kept = statistics["num_kept"]
     return Summary(
-        text=f"{num_kept} of {len(rows)} pictures kept (rule {config.select.rule})",
+        text=f"{num_kept} of {len(rows)} pictures kept (rule {section.rule})",
         numbers={"pictures": len(rows), "kept": num_kept},
     )
 
 
-def _check_pairs(ids: Sequence[str], confidences: Mapping[str, float]) -> None:
-    strays = sorted(set(ids) ^ confidences.keys())
-    if strays or not ids:
-        raise ValueError(
-            f"pictures ({len(ids)}) and labels ({len(confidences)}) do not pair"
-            + (f" (the first without its other half: {strays[0]})" if strays else "")
-            + ": run `clouds --from synthesize`."
-        )
+def judge(scores: Sequence[PictureScore], section: SelectConfig) -> list[Row]:
+    """Decide on every picture, in order.
 
-
-def judge(ids: Sequence[str], confidences: Mapping[str, float], section: SelectConfig) -> list[Row]:
-    """Decide on every picture.
-
-    Under rule "confidence" a picture is dropped if its mean confidence is below
-    `min_confidence`, or if it is not among the best `keep_share` of all pictures (ties: by order).
+    Of near copies the first that passes everything else is kept. `keep_share` counts over all
+    pictures (ties: by order).
     """
-    num_best = max(1, round(section.keep_share * len(ids)))
-    ranked = sorted(range(len(ids)), key=lambda place: (-confidences[ids[place]], place))
-    best = {ids[place] for place in ranked[:num_best]}
+    num_best = max(1, round(section.keep_share * len(scores)))
+    ranked = sorted(range(len(scores)), key=lambda place: (-scores[place].mean_confidence, place))
+    best = {scores[place].id for place in ranked[:num_best]}
+    kept_hashes: list[int] = []
+    kept_ids: list[str] = []
     rows = []
-    for name in ids:
-        reasons = []
-        if section.rule == "confidence":
-            if confidences[name] < section.min_confidence:
-                reasons.append(f"mean confidence below {section.min_confidence:g}")
-            if name not in best:
-                reasons.append(f"not among the best {section.keep_share:.0%}")
-        rows.append(
-            {
-                "id": name,
-                "kept": not reasons,
-                "scores": {"mean_confidence": confidences[name]},
-                "reasons": reasons,
-            }
-        )
+    for score in scores:
+        reasons = _reasons(score, section, among_best=score.id in best)
+        twin = None
+        if not reasons and section.rule == "checks" and section.twin_bits is not None:
+            twin = _twin(score, kept_hashes, kept_ids, bits=section.twin_bits)
+            if twin is not None:
+                reasons.append("near copy of another picture")
+        if not reasons and score.hash is not None:
+            kept_hashes.append(score.hash)
+            kept_ids.append(score.id)
+        rows.append(_row(score, reasons, twin))
     return rows
+
+
+def _reasons(score: PictureScore, section: SelectConfig, *, among_best: bool) -> list[str]:
+    """Every threshold that a picture fails."""
+    if section.rule == "all":
+        return []
+    faults = {
+        f"mean confidence below {section.min_confidence:g}": score.mean_confidence
+        < section.min_confidence,
+        f"not among the best {section.keep_share:.0%}": not among_best,
+    }
+    if section.rule == "checks":
+        faults |= {
+            f"less than {section.min_sure_share:.0%} sure pixels": score.sure_share
+            < section.min_sure_share,
+            f"fewer than {section.min_classes} classes": score.num_classes < section.min_classes,
+            f"contrast below {section.min_contrast:g}": score.contrast < section.min_contrast,
+            f"similarity to the prompt below {section.min_similarity:g}": score.similarity
+            is not None
+            and score.similarity < section.min_similarity,
+        }
+    return [reason for reason, failed in faults.items() if failed]
+
+
+def _twin(
+    score: PictureScore, hashes: Sequence[int], ids: Sequence[str], *, bits: int
+) -> str | None:
+    """The kept picture that this one nearly copies, or None."""
+    found = nearest(score.hash, np.array(hashes, np.uint64))
+    return ids[found[0]] if found is not None and found[1] <= bits else None
+
+
+def _row(score: PictureScore, reasons: Sequence[str], twin: str | None) -> Row:
+    measured = {
+        "mean_confidence": score.mean_confidence,
+        "sure_share": score.sure_share,
+        "num_classes": score.num_classes,
+        "contrast": score.contrast,
+        "similarity": score.similarity,
+    }
+    row = {
+        "id": score.id,
+        "kept": not reasons,
+        "scores": {name: round(value, 6) for name, value in measured.items() if value is not None},
+        "reasons": list(reasons),
+    }
+    return row | ({"twin": twin} if twin is not None else {})
 
 
 def _statistics(rows: Sequence[Row]) -> Row:
@@ -96,3 +132,16 @@ def _statistics(rows: Sequence[Row]) -> Row:
         "num_kept": sum(row["kept"] for row in rows),
         "reasons": dict(sorted(reasons.items())),
     }
+
+
+def _check_kept(statistics: Row, scores: Sequence[PictureScore], section: SelectConfig) -> None:
+    num_kept, total = statistics["num_kept"], statistics["num_pictures"]
+    if num_kept and num_kept / total >= section.min_kept_share:
+        return
+    best = max(score.mean_confidence for score in scores)
+    reasons = "; ".join(f"{count} {reason}" for reason, count in statistics["reasons"].items())
+    raise ValueError(
+        f"select keeps {num_kept or 'none'} of {total} pictures, fewer than select.min_kept_share "
+        f"({section.min_kept_share:.0%}) or none at all. Why: {reasons}. The best mean confidence "
+        f"is {best:.3f}. Loosen the thresholds, paint more pictures or train the teacher longer."
+    )

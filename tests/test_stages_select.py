@@ -2,21 +2,28 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from stages import select
 from stages.config import SelectConfig
+from stages.picture_scores import PictureScore
 from stages.select import judge
 from stages.shards import read_jsonl, write_json, write_jsonl
 from tests.interruptions import digests
-from tests.tiny import Told, stage_config, tiny_recipe
+from tests.tiny import Told, stage_config, street, tiny_recipe
 
+torch.set_num_threads(1)
 CONFIDENCES = {"a": 0.9, "b": 0.4, "c": 0.7, "d": 0.7, "e": 0.1}
 
 
-def artifact(folder, rows):
+def artifact(folder, rows, files=None):
     shard = folder / "shard-00000"
     shard.mkdir(parents=True)
+    for name, pixels in (files or {}).items():
+        Image.fromarray(pixels).save(shard / name)
     write_jsonl(shard / "index.jsonl", rows)
     write_json(shard / "shard.json", {"num_items": len(rows), "files": {}})
     return folder
@@ -24,22 +31,47 @@ def artifact(folder, rows):
 
 @pytest.fixture
 def inputs(tmp_path):
-    pictures = artifact(tmp_path / "pictures", [{"id": name} for name in CONFIDENCES])
-    rows = [{"id": name, "mean_confidence": value} for name, value in CONFIDENCES.items()]
-    return pictures, artifact(tmp_path / "labels", rows)
+    """Pictures: a street, another one, the first recoloured, a blank one, a third street."""
+    streets = [street(number)[0] for number in range(3)]
+    again = np.clip(streets[0].astype(int) + 6, 0, 255).astype(np.uint8)
+    images = [streets[0], streets[1], again, np.full_like(again, 90), streets[2]]
+    pictures = artifact(
+        tmp_path / "pictures",
+        [{"id": name, "file": f"{name}.png", "prompt": f"scene {name}"} for name in CONFIDENCES],
+        {f"{name}.png": image for name, image in zip(CONFIDENCES, images, strict=True)},
+    )
+    sure = np.zeros(images[0].shape[:2], np.uint8)
+    sure[: len(sure) // 4] = 240
+    labels = artifact(
+        tmp_path / "labels",
+        [
+            {
+                "id": name,
+                "mean_confidence": value,
+                "classes": {"0": 9, "2": 5} if name != "e" else {"0": 14},
+                "confidence": f"{name}.confidence.png",
+            }
+            for name, value in CONFIDENCES.items()
+        ],
+        {f"{name}.confidence.png": sure for name in CONFIDENCES},
+    )
+    return pictures, labels
 
 
 def selected(out, inputs, **section):
     out.mkdir()
-    recipe = tiny_recipe(select=section)
     summary = select.run(
-        stage_config(recipe, "select", round=1),
+        stage_config(tiny_recipe(select=section), "select", round=1),
         out=out,
         progress=Told(),
         pictures=inputs[0],
         labels=inputs[1],
     )
     return read_jsonl(out / "selection.jsonl"), summary
+
+
+def kept(rows) -> str:
+    return "".join(row["id"] for row in rows if row["kept"])
 
 
 def test_rule_all_keeps_everything_with_its_score(tmp_path, inputs):
@@ -52,7 +84,7 @@ def test_rule_all_keeps_everything_with_its_score(tmp_path, inputs):
 
 
 @pytest.mark.parametrize(
-    ("section", "kept"),
+    ("section", "expected"),
     [
         ({}, "abcde"),
         ({"keep_share": 0.6}, "acd"),
@@ -63,9 +95,10 @@ def test_rule_all_keeps_everything_with_its_score(tmp_path, inputs):
         ({"min_confidence": 0.5, "keep_share": 0.8}, "acd"),
     ],
 )
-def test_rule_confidence_keeps_the_surest(section, kept):
-    rows = judge(list(CONFIDENCES), CONFIDENCES, SelectConfig(rule="confidence", **section))
-    assert "".join(row["id"] for row in rows if row["kept"]) == kept
+def test_rule_confidence_keeps_the_surest(section, expected):
+    scores = [PictureScore(id=k, mean_confidence=v) for k, v in CONFIDENCES.items()]
+    rows = judge(scores, SelectConfig(rule="confidence", **section))
+    assert kept(rows) == expected
     assert all(bool(row["reasons"]) is not row["kept"] for row in rows)
 
 
@@ -82,22 +115,81 @@ def test_reasons_are_told_and_counted(tmp_path, inputs):
     }
 
 
+OFF = {"min_contrast": 0.0, "twin_bits": None}
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (OFF, "abcde"),
+        (OFF | {"min_contrast": 0.02}, "abce"),
+        (OFF | {"twin_bits": 6}, "abde"),
+        (OFF | {"min_classes": 2}, "abcd"),
+        (OFF | {"sure_above": 0.9, "min_sure_share": 0.25}, "abcde"),
+        (OFF | {"min_confidence": 0.5}, "acd"),
+        ({"min_contrast": 0.02, "twin_bits": 6, "min_classes": 2}, "ab"),
+    ],
+)
+def test_rule_checks_drops_by_every_threshold_that_is_set(tmp_path, inputs, section, expected):
+    rows, _ = selected(tmp_path / "out", inputs, rule="checks", **section)
+    assert kept(rows) == expected
+    assert rows[0]["scores"]["sure_share"] == pytest.approx(0.25)
+
+
+def test_too_few_sure_pixels_are_a_reason(tmp_path, inputs):
+    with pytest.raises(ValueError, match="5 less than 30% sure pixels"):
+        selected(tmp_path / "out", inputs, rule="checks", **OFF, min_sure_share=0.3)
+
+
+def test_a_near_copy_names_its_original_and_only_kept_pictures_have_copies(tmp_path, inputs):
+    rows, _ = selected(tmp_path / "one", inputs, rule="checks", twin_bits=6)
+    assert (rows[2]["reasons"], rows[2]["twin"]) == (["near copy of another picture"], "a")
+    scores = [
+        PictureScore(
+            id=name, mean_confidence=v, sure_share=1.0, num_classes=3, contrast=0.3, hash=5
+        )
+        for name, v in {"low": 0.1, "high": 0.9, "next": 0.8}.items()
+    ]
+    rows = judge(scores, SelectConfig(rule="checks", min_confidence=0.5))
+    assert kept(rows) == "high"
+    assert rows[2]["twin"] == "high"
+
+
+def test_pictures_that_do_not_fit_their_prompt_are_dropped():
+    scores = [
+        PictureScore(
+            id=name,
+            mean_confidence=0.5,
+            sure_share=1.0,
+            num_classes=3,
+            contrast=0.3,
+            hash=place,
+            similarity=value,
+        )
+        for place, (name, value) in enumerate({"a": 0.3, "b": 0.1, "c": None}.items())
+    ]
+    rows = judge(scores, SelectConfig(rule="checks", twin_bits=None, min_similarity=0.2))
+    assert kept(rows) == "ac"
+    assert rows[1]["reasons"] == ["similarity to the prompt below 0.2"]
+
+
 def test_two_runs_leave_the_same(tmp_path, inputs):
     for name in ("one", "two"):
-        selected(tmp_path / name, inputs, rule="confidence", keep_share=0.5)
+        selected(tmp_path / name, inputs, rule="checks")
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
-def test_keeping_none_is_an_error_with_the_best_score(tmp_path, inputs):
-    with pytest.raises(ValueError, match=r"none of 5.*0\.900.*min_confidence 0\.95"):
-        selected(tmp_path / "out", inputs, rule="confidence", min_confidence=0.95)
+def test_keeping_none_or_too_few_is_an_error_with_reasons(tmp_path, inputs):
+    with pytest.raises(ValueError, match=r"none of 5.*5 mean confidence below 0\.95.*0\.900"):
+        selected(tmp_path / "a", inputs, rule="confidence", min_confidence=0.95)
+    with pytest.raises(ValueError, match=r"keeps 3 of 5 pictures, fewer than .*80%"):
+        selected(tmp_path / "b", inputs, rule="confidence", keep_share=0.6, min_kept_share=0.8)
 
 
 @pytest.mark.parametrize("extra", ["pictures", "labels"])
 def test_pictures_and_labels_that_do_not_pair_are_refused(tmp_path, inputs, extra):
-    stray = [{"id": "stray", "mean_confidence": 0.5}]
     rows = [{"id": name, "mean_confidence": value} for name, value in CONFIDENCES.items()]
-    changed = artifact(tmp_path / "changed", rows + stray)
+    changed = artifact(tmp_path / "changed", [*rows, {"id": "stray", "mean_confidence": 0.5}])
     pair = (changed, inputs[1]) if extra == "pictures" else (inputs[0], changed)
     with pytest.raises(ValueError, match=r"do not pair .*stray"):
         selected(tmp_path / "out", pair)
