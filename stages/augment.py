@@ -84,14 +84,12 @@ def augment(
     image = crop_image(image_HW3, window)
     mirrored = rng.random() < 0.5
     colour, blur = rng.random(9), rng.random(2)
-    if config.colour or blur[0] < config.blur:
-        view = Image.fromarray(image)
-        if config.colour:
-            view = jitter_colour(view, colour, strength=config.colour)
-        if blur[0] < config.blur:
-            low, high = BLUR_SIGMA_PX
-            view = view.filter(ImageFilter.GaussianBlur(float(low + (high - low) * blur[1])))
-        image = np.asarray(view)
+    if config.colour:
+        image = jitter_colour(image, colour, strength=config.colour)
+    if blur[0] < config.blur:
+        low, high = BLUR_SIGMA_PX
+        sigma_px = float(low + (high - low) * blur[1])
+        image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma_px)))
     if config.flip and mirrored:
         return image[:, ::-1], labels[:, ::-1]
     return image, labels
@@ -172,43 +170,40 @@ def _resized_part(
     return np.asarray(source.resize(size, Image.Resampling.BILINEAR, box=box))
 
 
-def jitter_colour(image: Image.Image, draws: np.ndarray, *, strength: float) -> Image.Image:
+def jitter_colour(image_HW3: np.ndarray, draws: np.ndarray, *, strength: float) -> np.ndarray:
     """SSD's photometric distortion (Liu et al. 2016, as in mmsegmentation), by look-up tables.
 
     Brightness, contrast, saturation and hue change with probability 1/2 each; contrast before or
     after the other two.
 
     Args:
-        image: RGB.
+        image_HW3: uint8 RGB.
         draws: nine uniform numbers in [0, 1).
         strength: 1 for the published ranges (32 levels, 0.5, 0.5, 18 of 180 degrees of hue).
     """
-    happens = draws[:4] < 0.5
-    amounts = 2 * draws[4:8] - 1
+    brightness, contrast, saturation, hue = draws[:4] < 0.5
+    amounts = strength * (2 * draws[4:8] - 1)
     levels = np.arange(256)
     before, after = levels, levels
-    if happens[0]:
-        before = _clip(before + 32 * strength * amounts[0])
-    if happens[1]:
-        factor = max(0.0, 1 + 0.5 * strength * amounts[1])
-        if draws[8] < 0.5:
-            before = _clip(before * factor)
-        else:
-            after = _clip(after * factor)
+    if brightness:
+        before = _clip(before + 32 * amounts[0])
+    if contrast and draws[8] < 0.5:
+        before = _clip(before * max(0.0, 1 + 0.5 * amounts[1]))
+    elif contrast:
+        after = _clip(after * max(0.0, 1 + 0.5 * amounts[1]))
     if before is not levels:
-        image = image.point(before.tolist() * 3)
-    if happens[2] or happens[3]:
-        hue, saturation = levels, levels
-        if happens[2]:
-            saturation = _clip(levels * max(0.0, 1 + 0.5 * strength * amounts[2]))
-        if happens[3]:
-            hue = (levels + round(18 / 180 * 256 * strength * amounts[3])) % 256
-        table = [*hue.tolist(), *saturation.tolist(), *levels.tolist()]
-        image = image.convert("HSV").point(table).convert("RGB")
-    if after is not levels:
-        image = image.point(after.tolist() * 3)
-    return image
+        image_HW3 = before[image_HW3]
+    if saturation or hue:
+        size = image_HW3.shape[1::-1]
+        hsv = np.array(Image.fromarray(image_HW3).convert("HSV"))
+        if hue:
+            # Bytes wrap around, as hues do.
+            hsv[..., 0] += np.uint8(round(18 / 180 * 256 * amounts[3]) % 256)
+        if saturation:
+            hsv[..., 1] = _clip(levels * max(0.0, 1 + 0.5 * amounts[2]))[hsv[..., 1]]
+        image_HW3 = np.asarray(Image.frombuffer("HSV", size, hsv).convert("RGB"))
+    return image_HW3 if after is levels else after[image_HW3]
 
 
 def _clip(levels: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(levels), 0, 255).astype(np.intp)
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
