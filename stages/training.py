@@ -158,6 +158,10 @@ class Trainer:
             TrainingError: a loss or the gradient is not finite; the update is not made.
             ValueError: the checkpoint in `state/` is of another model.
         """
+        with _random_states_kept():
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> dict[str, float]:
         first = self._resume(progress)
         started, values = perf_counter(), {}
         progress.start(self.steps, "steps", done=first)
@@ -250,6 +254,18 @@ def _accelerator(device: Device) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if device.dtype == torch.bfloat16 else "no"
     return Accelerator(mixed_precision=precision, cpu=device.device.type == "cpu")
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """The caller's global generators, CPU and GPU, are afterwards as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _seed_everything(seed: int) -> None:

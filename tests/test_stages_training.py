@@ -218,6 +218,17 @@ def test_bf16_runs_the_network_in_bf16_and_keeps_fp32_weights(tmp_path):
     assert network(torch.ones(2, 6)).dtype == torch.float32
 
 
+def test_callers_random_numbers_are_left_alone(tmp_path):
+    trainer = trainer_of(small_network(), tmp_path, steps=2)
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = torch.rand(1), random.random()
+    torch.manual_seed(5)
+    random.seed(5)
+    trainer.run(Told())
+    assert (torch.rand(1), random.random()) == expected
+
+
 # --- numbers that are not finite -----------------------------------------------------------------
 
 
