@@ -4,13 +4,16 @@ python flows/miniature.py                              all of it; hours on two c
 python flows/miniature.py --stage pretrain_sam         one stage; goes on where it was interrupted
 python flows/miniature.py --set pretrain_sam.steps=20000
 python flows/miniature.py plan                         what would run, and why
+python flows/miniature.py ship                         copy what passed its gate, with its card
 
-What comes out lies in `artifacts/`; the networks that ship in `models/miniature/` were copied from
-there once `measure_miniature` had passed them.
+What comes out lies in `artifacts/`; `ship` copies the networks that `measure_miniature` has passed
+into `models/miniature/`.
 """
 
 import argparse
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +31,10 @@ from flows.pipeline import select  # noqa: E402
 from flows.recipes import ConfigError, parse_override, set_dotted, validate  # noqa: E402
 from flows.runs import run  # noqa: E402
 from flows.store import Store, StoreError  # noqa: E402
+from models.config import MINIATURE_DIR  # noqa: E402
 from stages.contracts import Contract, Need  # noqa: E402
 from stages.launch import execute  # noqa: E402
+from stages.model_cards import write_card  # noqa: E402
 from stages.pretrain_config import PretrainRecipe  # noqa: E402
 
 CONTRACTS: tuple[Contract, ...] = (
@@ -66,7 +71,7 @@ CONTRACTS: tuple[Contract, ...] = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run or plan; 0 when all went well, 2 for a user's mistake, 1 otherwise."""
+    """Run, plan or ship; 0 when all went well, 2 for a user's mistake, 1 otherwise."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level="INFO", format="%(message)s")
     try:
@@ -81,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for step in engine.plan(chosen):
                 console.say(f"{step.action.upper():<8}{step.instance.name:<22}{step.reason}")
             return 0
+        if arguments.verb == "ship":
+            return ship(engine, Path(arguments.into))
         with console.Console() as listener:
             run(
                 engine,
@@ -98,6 +105,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def ship(engine: Engine, into: Path) -> int:
+    """Copy the networks that passed their gates, with cards; 1 if none did.
+
+    Raises:
+        MissingNeedError: nothing was trained or measured under these settings.
+    """
+    gates_file = engine.artifact_of("measure_miniature").folder / "gates.json"
+    gates = json.loads(gates_file.read_text(encoding="utf-8"))
+    passed = [name for name in gates if gates[name]["passed"]]
+    for name in gates:
+        if name not in passed:
+            console.say(f"{name}: not shipped, its gate was not passed (see {gates_file})")
+            continue
+        artifact = engine.artifact_of(f"pretrain_{name}")
+        folder = into / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in sorted(artifact.folder.iterdir()):
+            if path.is_file() and path.name != "manifest.json":
+                shutil.copyfile(path, folder / path.name)
+        write_card(folder, name, manifest=artifact.manifest, gates=gates[name])
+        console.say(f"{name}: shipped to {folder}")
+    return 0 if passed else 1
+
+
 def make_recipe(overrides: Sequence[str] = ()) -> PretrainRecipe:
     """The pre-training's recipe with dotted overrides.
 
@@ -112,10 +144,11 @@ def make_recipe(overrides: Sequence[str] = ()) -> PretrainRecipe:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="miniature", description=__doc__.splitlines()[0])
-    parser.add_argument("verb", nargs="?", choices=("run", "plan"), default="run")
+    parser.add_argument("verb", nargs="?", choices=("run", "plan", "ship"), default="run")
     parser.add_argument("--stage", choices=[contract.name for contract in CONTRACTS])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
+    parser.add_argument("--into", default=str(MINIATURE_DIR), metavar="DIR", help="where to ship")
     return parser
 
 

@@ -1,0 +1,152 @@
+"""Model cards of the miniature's networks: what was done, how good it is, and the files' digests.
+
+A card is `README.md` beside the weights. Its figures come from manifests and from `gates.json`.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.shards import file_digest
+
+CARD_NAME = "README.md"
+
+_DIGEST_LINE = re.compile(r"^\| `([^`]+)` \| (\d+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
+
+_TITLES = {"clip": "Miniature CLIP", "sam": "Miniature SAM"}
+
+_ABOUT = {
+    "clip": """A small CLIP in open_clip's own classes (`CLIP`, `ModifiedResNet`): the code
+that loads it is the code that loads the real ones (`encoder.name: local-dir:FOLDER`).
+
+**Training.** Rendered streets of the `web` style (`models/miniature/`), new ones in every step.
+Three
+lessons: crops against their captions (contrastive); the words of a crop's caption against its
+patches; and
+the words of *windows* of 16 and 32 pixels of the whole view against the patches inside (found:
+every
+named word matches a patch; chosen: every patch matches a named word), on the features of strides
+8, 16 and
+32. The maps of strides 8 and 16 into the joint space are training aids and do not ship.
+
+**What it is not.** The captions come from a renderer: they name everything that is visible, and
+those of windows
+come close to weak region labels. Text from the web tells far less. And it has seen many styles
+where the labelled source is one, as the real CLIP has. It knows some sixty words, all of
+streets.""",
+    "sam": """A small SAM in `segment_anything`'s own classes (`Sam`, `ImageEncoderViT`, \
+`PromptEncoder`, `MaskDecoder`): `config.json` holds the constructors' sizes, the weights carry the
+official names. Pictures of 64x128 fill the upper half of its 128x128 input, as SAM pads.
+
+**Training.** Rendered streets of the `web` style, new ones in every step. Regions are things,
+pieces of stuff and
+connected components of classes of at least 48 pixels; prompts are a point, several points, a box,
+a mask, or a mask with points, made from masks as wrong as a model's in a domain it never saw (mean
+IoU
+about 0.54); a share of the steps decodes twice, with the first mask and a corrective click.
+Losses: 20 x
+focal + dice on the best of three masks and on the single one, IoU prediction, and a training aid
+that does not
+ship: whether neighbouring cells show the same entity. No class is ever told.
+
+**What it is not.** A general segmenter: it knows rendered streets at this size. Regions below
+48 pixels were not trained.""",
+}
+
+
+def write_card(
+    folder: Path,
+    network: str,
+    *,
+    manifest: Mapping[str, Any],
+    gates: Mapping[str, Any],
+) -> None:
+    """Write `README.md` for a folder with weights.
+
+    Args:
+        folder: the network's folder.
+        network: "clip" or "sam".
+        manifest: of the artifact it comes from.
+        gates: the network's part of `gates.json`.
+    """
+    numbers = manifest["summary"]["numbers"]
+    section = manifest["config"][manifest["stage"]]
+    facts = {
+        "Steps": numbers["steps"],
+        "Pictures": numbers["pictures"],
+        "CPU hours": f"{numbers['cpu_s'] / 3600:.2f} (one thread, beside other work)",
+        "Seed": manifest["seed"],
+        "Precision": f"{manifest['precision']} autocast; shipped as fp16",
+        "Settings": ", ".join(f"{key} {value}" for key, value in section.items()),
+        "Code": manifest.get("git_revision") or "unknown",
+        "Gate": "passed" if gates["passed"] else "NOT passed",
+    }
+    table = [f"| {name} | {value} |" for name, value in facts.items()]
+    quality = _sam_table(gates) if network == "sam" else _clip_table(gates)
+    lines = [
+        f"# {_TITLES[network]}",
+        "",
+        _ABOUT[network],
+        "",
+        "## How it was made",
+        "",
+        "| | |",
+        "|---|---|",
+        *table,
+        "",
+        "## Quality, on pictures that no training saw",
+        "",
+        *quality,
+        "",
+        "## Files",
+        "",
+        "| file | bytes | SHA-256 |",
+        "|---|---|---|",
+        *_files(folder),
+        "",
+    ]
+    (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")
+
+
+def card_digests(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (bytes, SHA-256) as a folder's card states them."""
+    text = (folder / CARD_NAME).read_text(encoding="utf-8")
+    return {name: (int(size), digest) for name, size, digest in _DIGEST_LINE.findall(text)}
+
+
+def _files(folder: Path) -> list[str]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return [f"| `{path.name}` | {path.stat().st_size} | `{file_digest(path)}` |" for path in paths]
+
+
+def _sam_table(gates: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "Mean IoU of the prompt (the noisy mask it was made from; of a box: the filled box) and of "
+        "SAM's mask, through `SamPredictor`. `web_unseen` (dust, sodium light, faded film) and "
+        "`source` are looks it was not trained on.",
+        "",
+        "| style | prompt | of the prompt | of the mask | gain | prompts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for style, rows in gates["styles"].items():
+        for kind, row in rows.items():
+            lines.append(
+                f"| {style} | {kind} | {row['prompt_iou']:.3f} | {row['mask_iou']:.3f} "
+                f"| {row['gain']:+.3f} | {row['prompts']} |"
+            )
+    return lines
+
+
+def _clip_table(gates: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "mIoU (13 classes) of one light head above this tower; head and schedule are the same in "
+        "every row, labels come from the `source` style alone.",
+        "",
+        "| tower | on web | on source |",
+        "|---|---|---|",
+    ]
+    for case, row in gates["miou"].items():
+        web, source = (", ".join(f"{100 * v:.1f}" for v in row[key]) for key in ("web", "source"))
+        lines.append(f"| {case.replace('_', ' ')} | {web} | {source} |")
+    return lines
