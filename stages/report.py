@@ -15,7 +15,7 @@ from stages.config import ReportConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.report_changes import measure
 from stages.report_curves import read_curves
-from stages.report_lineage import Instance, read_instances
+from stages.report_lineage import Instance, read_instances, read_json
 from stages.report_page import Story, compared_models, comparisons, render
 from stages.report_pictures import (
     Chain,
@@ -128,8 +128,15 @@ def _notices(instances: Mapping[str, Instance], chain: Chain, rows: Sequence[Row
         )
     elif chain.pictures and chain.pictures.section("synthesize").get("mode") == "collect":
         notices.append("The pictures were collected from unlabelled data, not painted.")
-    refine = chain.refined.section("refine") if chain.refined else {}
-    if refine and refine.get("weights") is None:
+    prompts = _read_statistics(chain.prompts)
+    if prompts.get("from_random_writer"):
+        notices.append(
+            f"{prompts['from_random_writer']} of {prompts.get('num_prompts')} prompts are from a "
+            "language model with seeded random weights: chance words."
+        )
+    if chain.refined and _read_statistics(chain.refined).get(
+        "untrained", chain.refined.section("refine").get("weights", "unknown") is None
+    ):
         notices.append(
             "SAM has seeded random weights: what refinement changed here is not an improvement."
         )
@@ -139,6 +146,11 @@ def _notices(instances: Mapping[str, Instance], chain: Chain, rows: Sequence[Row
     elif kinds - {None}:
         notices.append("No pre-trained weights: the image encoder starts from random ones.")
     return notices
+
+
+def _read_statistics(instance: Instance | None) -> Mapping[str, Any]:
+    path = instance.folder / "statistics.json" if instance else None
+    return read_json(path) if path and path.is_file() else {}
 
 
 def _without_weights(one: Instance) -> str | None:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,15 @@ class Instance:
         given = self.manifest.get("inputs") or {}
         made_by = {one.get("instance") for one in given.values() if isinstance(one, Mapping)}
         return tuple(sorted(str(name) for name in made_by if name))
+
+    @property
+    def finished(self) -> str:
+        """When it was made, in a few letters ("20 Nov 19:24"); empty where it is not recorded."""
+        try:
+            instant = datetime.fromisoformat(str(self.manifest.get("finished")))
+        except ValueError:
+            return ""
+        return f"{instant.day} {instant:%b %H:%M}"
 
     def made_from(self, role: str) -> str | None:
         """Name of the instance that came in under `role`, or None."""
@@ -125,13 +135,14 @@ def read_instances(artifacts: Mapping[str, Path]) -> dict[str, Instance]:
                 f"artifact {name!r}: expected stage[@round][#leg], the stages are "
                 f"{', '.join(STAGE_NAMES)}."
             )
+        manifest = Path(folder) / "manifest.json"
         instances[name] = Instance(
             name=name,
             stage=match["stage"],
             round=int(match["round"]) if match["round"] else None,
             leg=match["leg"],
             folder=Path(folder),
-            manifest=_read_manifest(Path(folder) / "manifest.json"),
+            manifest=read_json(manifest) if manifest.is_file() else {},
         )
     order = sorted(
         instances.values(), key=lambda one: (one.round or 0, STAGE_NAMES.index(one.stage))
@@ -139,14 +150,21 @@ def read_instances(artifacts: Mapping[str, Path]) -> dict[str, Instance]:
     return {one.name: one for one in order}
 
 
-def _read_manifest(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object from an artifact.
+
+    Raises:
+        ValueError: it is none; names the file and the way out.
+    """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); run the stage again with --force.") from None
-    return manifest if isinstance(manifest, Mapping) else {}
+        raise ValueError(
+            f"{path}: not JSON ({error}); make it again: clouds --force {path.parents[1].name}"
+        ) from None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
 
 
 def state_of(instance: Instance, instances: Iterable[Instance]) -> State:

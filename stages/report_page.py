@@ -17,16 +17,16 @@ from stages.labels import LabelSpace
 from stages.report_changes import Changes
 from stages.report_lineage import BOX_HEIGHT, BOX_WIDTH, Instance, draw, state_of
 from stages.report_pictures import Chain, Painted, Predicted, class_name
-from stages.report_scores import Judged, Number, Verdict, minus
+from stages.report_scores import Judged, Number, Verdict, minus, source_of
 from stages.report_words import as_json, duration, moment, percent, plain, signed, size_of, tone
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
-_STATE_WORDS = {"ran": "ran", "cached": "cached", "shared": "shared", "unknown": ""}
+_STATE_WORDS = {"ran": "ran", "cached": "cached", "shared": "shared", "unknown": "made"}
 _STATE_LEGEND = {
     "ran": "ran for this page",
     "cached": "done before and used again (its own duration is given)",
     "shared": "another leg’s artifact, which serves here as well",
-    "unknown": "its artifact does not say in which run it was made",
+    "unknown": "made at the time given; its artifact does not name the run",
 }
 
 
@@ -73,7 +73,6 @@ def compared_models(story: Story) -> list[Judged]:
 
 def comparisons(story: Story) -> dict[str, Judged | None]:
     """What each judged model is compared with: the control of its round, else the source."""
-    source = next((one for one in story.models if one.kind == "source"), None)
     controls = {one.round: one for one in story.models if one.kind == "control"}
     against: dict[str, Judged | None] = {}
     for one in story.models:
@@ -81,7 +80,7 @@ def comparisons(story: Story) -> dict[str, Judged | None]:
             against[one.instance] = None
         else:
             control = controls.get(one.round) if one.kind != "control" else None
-            against[one.instance] = control or source
+            against[one.instance] = control or source_of(one, story.models)
     return against
 
 
@@ -166,6 +165,9 @@ def _result(story: Story) -> dict[str, Any]:
         "image_counts": counts,
         "targets_in_words": story.targets[0] if number == 1 else f"{number} targets",
         "what_it_is": _what_it_is,
+        "unseen": not any(
+            score.num_also_in_sources for model in story.models for score in model.targets.values()
+        ),
         "by_round": _by_round(story),
         "class_rows": {name: _class_rows(story, name) for name in story.targets},
     }
@@ -233,6 +235,7 @@ def _pipeline(story: Story) -> dict[str, Any]:
         "state_words": _STATE_WORDS,
         "state_legend": _STATE_LEGEND,
         "shown_states": [state for state in _STATE_LEGEND if state in used],
+        "now_states": ("ran", "cached", "shared"),
     }
 
 

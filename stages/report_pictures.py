@@ -20,6 +20,9 @@ from stages.report_scores import Judged
 from stages.report_words import plain, words
 from stages.shards import Row, read_index, read_jsonl
 
+_UNTOLD = ("folder", "file", "label", "confidence", "prompt", "text", "untrained")
+"""Fields of index rows that a provenance leaves out: files, and what stands above it anyway."""
+
 _WRONG, _UNJUDGED = 1, 2
 _ERROR_PALETTE = ((255, 255, 255), (230, 20, 70), (40, 44, 52))
 _ERROR_ALPHA = (0, 215, 190)
@@ -51,9 +54,11 @@ class Painted:
     untrained: bool
     """Painted by a network of seeded random weights: noise."""
     picture: str
-    """`data:` URI, as are the next two."""
+    """`data:` URI, as are the next three."""
     raw: str | None
     refined: str | None
+    confidence: str | None
+    """The teacher's confidence in its labels, white where it is sure."""
     width: int
     height: int
     class_ids: tuple[int, ...]
@@ -212,6 +217,7 @@ def _painted(
         picture=photo_uri(picture, (width, height)),
         raw=label_uri(raw, space) if raw is not None else None,
         refined=label_uri(refined, space) if refined is not None else None,
+        confidence=_confidence(rows["label"], (width, height)),
         width=width,
         height=height,
         class_ids=class_ids,
@@ -250,13 +256,13 @@ def _origins(
         if not instance or (found is None and title != "Teacher"):
             continue
         facts = [
-            Fact(name=words(name), value=_plain(value, space if name == "classes" else None))
+            Fact(name=words(name), value=_plain(name, value, space))
             for name, value in sorted((found or {}).items())
-            if name not in ("folder", "file", "label", "confidence", "prompt") and value is not None
+            if name not in _UNTOLD and value not in (None, "") and value != row.get("id")
         ]
         section, *fields = weights.get(title, ("",))
         facts += [
-            Fact(name=words(f"{section} {name}"), value=_plain(instance.section(section)[name]))
+            Fact(name=words(name), value=plain(instance.section(section)[name]))
             for name in fields
             if name in instance.section(section) and name not in (found or {})
         ]
@@ -268,15 +274,17 @@ def _teacher(chain: Chain, instances: Mapping[str, Instance]) -> Instance | None
     return instances.get((chain.labels.made_from("teacher") if chain.labels else None) or "")
 
 
-def _plain(value: Any, space: LabelSpace | None = None) -> str:
-    """A value of an index row; pixels per train id become the largest classes' shares."""
-    if not (space and isinstance(value, Mapping) and all(str(key).isdigit() for key in value)):
-        return plain(value)
-    pixels = {int(key): _weight(count) for key, count in value.items()}
-    total = sum(pixels.values()) or 1
-    largest = sorted(pixels.items(), key=lambda pair: -pair[1])
-    shown = [f"{class_name(space, one)} {100 * count / total:.0f} %" for one, count in largest[:5]]
-    return ", ".join(shown) + (f" and {len(largest) - 5} more" if len(largest) > 5 else "")
+def _plain(name: str, value: Any, space: LabelSpace) -> str:
+    """A value of an index row; what is told per train id gets the classes' names."""
+    if name in ("classes", "class_confidence") and isinstance(value, Mapping):
+        known = {int(key): _weight(one) for key, one in value.items() if str(key).isdigit()}
+        largest = sorted(known.items(), key=lambda pair: -pair[1])
+        scale = 100 / (sum(known.values()) or 1) if name == "classes" else 100
+        shown = [f"{class_name(space, one)} {scale * part:.0f} %" for one, part in largest[:5]]
+        return ", ".join(shown) + (f" and {len(largest) - 5} more" if len(largest) > 5 else "")
+    if name == "counts" and isinstance(value, Mapping):
+        return plain({key: one for key, one in value.items() if key != "classes"})
+    return plain(value)
 
 
 def _weight(value: Any) -> float:
@@ -433,6 +441,13 @@ def photo_uri(picture: Image.Image, size: tuple[int, int]) -> str:
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     return _uri(picture, "webp", quality=82, method=4)
+
+
+def _confidence(row: Row | None, size: tuple[int, int]) -> str | None:
+    path = _path(row, "confidence") if row else None
+    if not path:
+        return None
+    return _uri(Image.fromarray(resized(open_label(path), size)), "webp", quality=60, method=4)
 
 
 def label_uri(label_HW: np.ndarray, space: LabelSpace) -> str:

@@ -1,12 +1,11 @@
 """The numbers of a report: which model reached what on which target, against which reference."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stages.report_lineage import Instance
+from stages.report_lineage import Instance, read_json
 
 Number = float | None
 
@@ -88,10 +87,7 @@ def _judged(one: Instance, instances: Mapping[str, Instance]) -> Judged | None:
     path = one.folder / "results.json"
     if not path.is_file():
         return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); run evaluate again with --force.") from None
+    results = read_json(path)
     targets = {name: _score(entry) for name, entry in sorted((results.get("sets") or {}).items())}
     mean = number(results.get("miou_mean"))
     known = [score.miou for score in targets.values() if score.miou is not None]
@@ -155,12 +151,18 @@ def judge(models: Sequence[Judged]) -> Verdict | None:
     if not models:
         return None
     model = max(models, key=lambda one: (one.round, _preference(one)))
-    source = next((one for one in models if one.kind == "source" and one is not model), None)
+    source = source_of(model, models) if model.kind != "source" else None
     control = next(
         (one for one in models if one.kind == "control" and one.round == model.round), None
     )
     reference = control if control and control is not model else source
     return Verdict(model=model, reference=reference, source=source)
+
+
+def source_of(model: Judged, models: Sequence[Judged]) -> Judged | None:
+    """The source model of the same leg, or the one that all legs share."""
+    sources = [one for one in models if one.kind == "source"]
+    return next((one for one in sources if one.leg == model.leg), sources[0] if sources else None)
 
 
 def _preference(one: Judged) -> int:

@@ -323,11 +323,14 @@ def _labels(
             for number in items:
                 label = worsened(draw(number)[1], number, share)
                 Image.fromarray(label).save(shard / f"pic{number}.label.png")
+                confidence = np.where(label == draw(number)[1], 230, 90).astype(np.uint8)
+                Image.fromarray(confidence).save(shard / f"pic{number}.confidence.png")
                 values, counts = np.unique(label[label != 255], return_counts=True)
                 rows.append(
                     {
                         "id": f"pic{number}",
                         "label": f"pic{number}.label.png",
+                        "confidence": f"pic{number}.confidence.png",
                         "mean_confidence": 0.8,
                         "classes": {str(v): int(c) for v, c in zip(values, counts, strict=True)},
                     }

@@ -299,6 +299,35 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
         make(tmp_path / "out", artifacts)
 
 
+def test_a_manifest_that_is_no_json_is_named_with_the_way_out(tmp_path: Path) -> None:
+    artifacts = build(tmp_path / "a", legs=(None,), pictures=2)
+    path = artifacts["refine@1"] / "manifest.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="clouds --force refine@1") as caught:
+        make(tmp_path / "out", artifacts)
+    assert str(path) in str(caught.value)
+
+
+def test_prompts_of_a_random_writer_are_called_chance_words(tmp_path: Path) -> None:
+    artifacts = build(tmp_path / "a", legs=(None,), pictures=2)
+    told = {"num_prompts": 2, "from_bank": 1, "from_random_writer": 1}
+    (artifacts["write_prompts"] / "statistics.json").write_text(json.dumps(told))
+    _, results = make(tmp_path / "out", artifacts)
+    assert any("1 of 2 prompts" in notice for notice in results["notices"])
+
+
+def test_each_leg_is_compared_with_its_own_source_model(tmp_path: Path) -> None:
+    artifacts = build(tmp_path / "a", legs=("frozen", "tuned"))
+    artifacts["evaluate@0#frozen"] = artifacts["evaluate@0"]
+    artifacts["evaluate@0#tuned"] = artifacts.pop("evaluate@0")
+    _, results = make(tmp_path / "out", artifacts)
+    compared = {one["instance"]: one["compared_with"] for one in results["models"]}
+    assert compared["evaluate@1#tuned"] == "evaluate@0#tuned"
+    assert compared["evaluate@1#frozen"] == "evaluate@0#frozen"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "another leg’s artifact" in page
+
+
 def test_changes_count_each_pixel_once(artifacts: dict[str, Path]) -> None:
     instances = read_instances(artifacts)
     models = read_scores(instances)
