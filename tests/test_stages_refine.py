@@ -13,7 +13,7 @@ from scipy import ndimage
 from segment_anything import SamPredictor
 
 from models.config import MINIATURE_DIR
-from models.masks import find_components
+from models.masks import find_components, label_map_of, merge_masks, remove_overlaps
 from models.refiner import build_refiner
 from stages import refine
 from stages.labels import IGNORE
@@ -140,6 +140,20 @@ def test_counts_add_up_whatever_the_maps_hold(seed, min_area):
     classes = counts["classes"].values()
     assert sum(entry["before"] for entry in classes) == (before != IGNORE).sum()
     assert sum(entry["components"] for entry in classes) == counts["components"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 5), st.floats(0, 1))
+def test_merging_in_one_pass_equals_removing_overlaps_first(seed, num_masks, share):
+    rng = np.random.default_rng(seed)
+    stack = torch.from_numpy(rng.random((num_masks, 6, 9)) < share)
+    labels = rng.integers(0, 19, num_masks).tolist()
+    merged = merge_masks(stack, labels, void=IGNORE)
+    assert merged.dtype == torch.uint8
+    if num_masks:
+        assert torch.equal(merged, label_map_of(remove_overlaps(stack), labels, void=IGNORE))
+    else:
+        assert (merged == IGNORE).all()
 
 
 def test_only_kept_pictures_are_refined(tmp_path, inputs):
