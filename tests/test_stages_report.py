@@ -407,6 +407,7 @@ def test_rounds_are_compared_in_a_chart_once_there_are_two(
     page, results = make(tmp_path / "out", many)
     assert "mIoU by round" in page
     assert results["headline"] == "evaluate@3#refined"
+    assert "The labels are those of round 3." in text_of(page)
     assert "mIoU by round" not in made[0]
 
 
