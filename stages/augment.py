@@ -7,7 +7,9 @@ that the crop shows is resized.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
+from torch.nn import functional
 
 from stages.config import AugmentConfig
 from stages.labels import IGNORE
@@ -133,11 +135,14 @@ def crop_labels(labels_HW: np.ndarray, window: Window) -> np.ndarray:
 def crop_image(image_HW3: np.ndarray, window: Window) -> np.ndarray:
     """The window of a picture scaled bilinearly (antialiased); padding colour outside.
 
-    Equals scaling the whole picture and cutting, but touches only the part that shows.
+    Equals scaling the whole picture and cutting. Where the crop is a small part of the picture only
+    that part is scaled (by Pillow); else all of it (by torch, the same numbers five times as fast).
     """
     top, left, bottom, right = window.inner
     if window.scaled == image_HW3.shape[:2]:
         inside = image_HW3[top:bottom, left:right]
+    elif window.scaled[0] * window.scaled[1] <= _WHOLE_UP_TO * window.height * window.width:
+        inside = _resized(image_HW3, window.scaled)[top:bottom, left:right]
     else:
         inside = _resized_part(image_HW3, window.scaled, (top, left, bottom, right))
     if inside.shape[:2] == (window.height, window.width):
@@ -146,6 +151,16 @@ def crop_image(image_HW3: np.ndarray, window: Window) -> np.ndarray:
     image[:] = PADDING_RGB
     image[window.target] = inside
     return image
+
+
+_WHOLE_UP_TO = 5
+"""Area of the scaled picture in crops up to which scaling all of it is the faster way."""
+
+
+def _resized(image_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    image_13HW = torch.from_numpy(image_HW3).permute(2, 0, 1)[None]
+    scaled = functional.interpolate(image_13HW, size, mode="bilinear", antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()
 
 
 def _resized_part(

@@ -182,7 +182,7 @@ def read_image(path: Path) -> np.ndarray:
         try:
             if image.mode != "RGB" or image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 image = _to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(image)
+            return np.array(image)  # asarray would give a read-only view, which torch dislikes
         except (OSError, ValueError, SyntaxError, struct.error) as error:
             raise CorruptFileError(f"{path}: the picture cannot be read ({error})") from error
 

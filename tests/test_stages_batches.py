@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
+from stages import augment as augment_module
 from stages import batches as batches_module
 from stages.augment import (
     PADDING_RGB,
@@ -236,11 +237,12 @@ def view(image, labels, config, seed=0, **options):
     return augment(image, labels, config, np.random.default_rng(seed), **options)
 
 
+@pytest.mark.parametrize("way", ["whole", "part"])
 @pytest.mark.parametrize("scaled", [(20, 28), (40, 56), (53, 75), (80, 112), (31, 60)])
-def test_a_cropped_resize_equals_the_resized_whole_then_cropped(scaled):
+def test_a_cropped_resize_equals_the_resized_whole_then_cropped(scaled, way, monkeypatch):
+    monkeypatch.setattr(augment_module, "_WHOLE_UP_TO", math.inf if way == "whole" else 0)
     image = small_datasets.picture(3, (40, 56))
-    labels = small_datasets.raw_label(3, size=(40, 56))
-    labels = np.resize(labels, (40, 56))
+    labels = np.resize(small_datasets.raw_label(3), (40, 56))
     whole = Image.fromarray(image).resize(scaled[::-1], Image.Resampling.BILINEAR)
     for top, left in ((0, 0), (scaled[0] - 16, scaled[1] - 16), (2, 5)):
         window = Window(scaled=scaled, top=top, left=left, height=16, width=16)
