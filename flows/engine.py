@@ -127,6 +127,8 @@ class Engine:
     command: str = "python flows/clouds.py"
     """What a user types before `--stage`, for messages."""
     prefect_run_id: str | None = None
+    run_id: str | None = None
+    """Id of the run's record, for manifests."""
     instances: dict[str, Instance] = field(init=False)
     _found: dict[str, Artifact] = field(init=False, default_factory=dict)
     _forced: set[str] = field(init=False, default_factory=set)
@@ -430,6 +432,7 @@ class Engine:
             "finished": _now(),
             "seconds": round(time.perf_counter() - clock, 3),
             "peak_memory_bytes": _peak_memory_bytes(),
+            "run_id": self.run_id,
             "prefect_run_id": self.prefect_run_id,
             **provenance.facts(),
         }

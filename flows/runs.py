@@ -91,6 +91,7 @@ def run(
     if pending:
         preflight(pending, store=engine.store, listener=listener)
     record = _new_record(engine, overrides)
+    engine.run_id = record["id"]
     try:
         for instance in selected:
             run_it = partial(engine.run_one, instance, listener=listener, execute=execute)
