@@ -200,7 +200,7 @@ class Batches(Dataset):
                 yield self.batch(step, rows)
             return
         self._cache_limit = CACHE_BYTES // workers
-        yield from DataLoader(
+        loader = DataLoader(
             _Rows(self, rows),
             batch_size=None,
             sampler=range(start, stop),
@@ -209,6 +209,10 @@ class Batches(Dataset):
             # Its own: otherwise the loader would draw from the global one when it starts.
             generator=torch.Generator(),
         )
+        for found in loader:
+            if isinstance(found, Exception):
+                raise found
+            yield found
 
 
 class _Rows(Dataset):
@@ -217,12 +221,16 @@ class _Rows(Dataset):
     def __init__(self, batches: Batches, rows: slice) -> None:
         self.batches, self.part = batches, rows
 
-    def __getitem__(self, step: int) -> Batch:
-        return self.batches.batch(step, self.part)
+    def __getitem__(self, step: int) -> Batch | Exception:
+        """The batch, or why there is none: the loader would wrap the message in a traceback."""
+        try:
+            return self.batches.batch(step, self.part)
+        except (ValueError, OSError) as error:
+            return error
 
 
-def _unchanged(batch: Batch) -> Batch:
-    return batch
+def _unchanged(found: Batch | Exception) -> Batch | Exception:
+    return found
 
 
 class SourceBatches(Batches):

@@ -8,6 +8,7 @@ beside their pictures and truths.
 
 import itertools
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from stages.metrics import DatasetScore, mean, scores
 from stages.readers import Sample, load_index, resize_label
 from stages.shards import Row, write_json, write_jsonl
 
-READERS = 2
+READERS = min(8, os.cpu_count() or 1)
 """Threads that read and decode ahead of the network."""
 BATCHES_AHEAD = 3
 SHOWN_SIDE_PX = 1024

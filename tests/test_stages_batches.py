@@ -22,7 +22,7 @@ from stages.augment import (
 )
 from stages.batches import MixedBatches, RareClassSampler, SourceBatches, UniformSampler
 from stages.config import AugmentConfig
-from stages.readers import Sample, resize_label
+from stages.readers import CorruptFileError, Sample, resize_label
 from tests import small_datasets
 
 CROP = AugmentConfig(crop_height=32, crop_width=32)
@@ -96,6 +96,14 @@ def test_a_stream_gives_the_same_batches_with_any_number_of_processes(samples, w
     streamed = list(batches.stream(2, 7, workers=workers))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(same(one, other) for one, other in zip(streamed, expected, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_stops_the_stream_with_its_name(samples, workers):
+    samples[3].image.write_bytes(b"damaged")
+    batches = SourceBatches(samples, batch_size=7, augment=CROP, seed=3)
+    with pytest.raises(CorruptFileError, match=r"^[^\n]*s3\.png: not a picture[^\n]*$"):
+        next(batches.stream(0, 2, workers=workers))
 
 
 def test_ranks_with_parts_of_a_batch_make_the_whole(samples):

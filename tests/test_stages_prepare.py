@@ -135,8 +135,14 @@ def test_an_interrupted_run_continues_and_ends_the_same(tmp_path, root, monkeypa
 def test_a_data_set_of_the_rendered_world_is_found_in_the_artifact(tmp_path):
     small_datasets.gta5(tmp_path / "world" / "source")
     dataset = GTA | {"root": "@render_world/source"}
-    summary = prepared(tmp_path / "out", tmp_path, world=tmp_path / "world", sources=[dataset])
+    out, world = tmp_path / "store" / "out", tmp_path / "store" / "world"
+    out.parent.mkdir()
+    (tmp_path / "world").rename(world)
+    summary = prepared(out, tmp_path, world=world, sources=[dataset])
     assert summary.numbers["sources"] == 3
+    out.parent.rename(tmp_path / "moved")
+    samples = load_index(tmp_path / "moved" / "out" / "sources")
+    assert (samples[0].read_image() == small_datasets.picture(1)).all()
 
 
 def test_classes_of_ones_own_come_from_a_file_of_ones_own(tmp_path, root):
