@@ -10,6 +10,7 @@ depend on how many there are: keep `OMP_NUM_THREADS` for runs that shall be comp
 """
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -71,7 +72,8 @@ def _find(name: str) -> tuple[torch.device, str]:
     match = re.fullmatch(r"(?:auto|cuda)(?::(\d+))?", name)
     if match is None or name.startswith("auto:"):
         raise ValueError(f"run.device is {name!r}; known are auto, cpu, cuda and cuda:N.")
-    index = int(match.group(1) or 0)
+    # One of several training processes of this machine takes the GPU of its number.
+    index = int(match.group(1) or os.environ.get("LOCAL_RANK", "0"))
     if index >= count:
         raise ValueError(
             f"run.device is {name!r}, but this machine has {count} CUDA devices that torch can use"

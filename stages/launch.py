@@ -7,6 +7,9 @@ A spec is plain JSON: {"stage", "verb", "round", "leg", "sections", "recipe", "r
 "inputs": {role: folder, or {name: folder}}}. The child tells its progress as one JSON object a line
 on its standard output ({"event": "start" | "advance" | "note" | "done" | "error", ...}); whatever
 else it prints goes to the log. It stops when its parent is gone. No torch, no Prefect here.
+
+Training stages run in `run.processes` processes of one group: the child is rank 0 and starts the
+others with the environment that `torchrun` would give them.
 """
 
 import collections
@@ -17,6 +20,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,6 +50,9 @@ USER_ERRORS: dict[str, type[Exception]] = {
 }
 """Errors that travel back from a child as what they were; anything else becomes StageFailed."""
 
+RANKED_VERBS = frozenset({"stages.train_source", "stages.self_train"})
+"""Stages that share their work among `run.processes` processes."""
+
 GRACE_S = 5.0
 """Time between asking a process group to end and killing it."""
 PARENT_CHECK_S = 0.2
@@ -61,7 +68,7 @@ class StageKilled(StageFailed):
 
 
 def execute(spec: Spec, progress: Progress) -> Summary:
-    """Run the stage that `spec` describes, in this process.
+    """Run the stage that `spec` describes, in this process (in a child, if it takes several).
 
     Raises:
         ValueError: the spec lacks keys or has unknown ones; and whatever the stage raises.
@@ -71,6 +78,8 @@ def execute(spec: Spec, progress: Progress) -> Summary:
             f"a spec has the keys {sorted(SPEC_KEYS)}; missing {sorted(SPEC_KEYS - set(spec))}, "
             f"unknown {sorted(set(spec) - SPEC_KEYS)}"
         )
+    if _num_ranks(spec) > 1 and "RANK" not in os.environ:
+        return run_child(spec, progress)
     config = StageConfig(
         _imported(spec["recipe_class"]).model_validate(spec["recipe"]),
         stage=spec["stage"],
@@ -81,6 +90,11 @@ def execute(spec: Spec, progress: Progress) -> Summary:
     inputs = {role: _as_paths(value) for role, value in spec["inputs"].items()}
     verb = importlib.import_module(spec["verb"])
     return verb.run(config, out=Path(spec["out"]), progress=progress, **inputs)
+
+
+def _num_ranks(spec: Spec) -> int:
+    processes = spec["recipe"].get("run", {}).get("processes", 1)
+    return processes if spec["verb"] in RANKED_VERBS else 1
 
 
 def _imported(dotted: str) -> Any:
@@ -302,9 +316,59 @@ def _stop_with_parent(parent: int) -> None:
             sleep(PARENT_CHECK_S)
         os.killpg(0, signal.SIGKILL)
 
-    if os.getpgid(0) != os.getpid():
+    if os.getpgid(0) not in (os.getpid(), parent):
         raise ValueError("a stage's process must lead a group of its own: see run_child")
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _other_ranks(count: int, spec_path: str, progress: "_LineProgress") -> Iterator[None]:
+    """Make this process rank 0 of `count` and start the others; they end with this group."""
+    if count == 1 or "RANK" in os.environ:
+        yield
+        return
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    os.environ.update(shared, RANK="0", LOCAL_RANK="0")
+    command = [sys.executable, "-m", "stages.launch", spec_path, str(os.getpid())]
+    others = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(1, count)
+    ]
+    for rank, other in enumerate(others, start=1):
+        args = (f"training process {rank} of 0..{count - 1}", other, progress)
+        threading.Thread(target=_end_with, args=args, daemon=True).start()
+    yield
+    for other in others:
+        other.wait()
+
+
+def _end_with(name: str, other: subprocess.Popen, progress: "_LineProgress") -> None:
+    """If `other` fails, end the group: rank 0 would wait for it for ever."""
+    if other.wait() != 0:
+        sleep(GRACE_S)  # a mistake that every rank finds is better told by rank 0
+        progress.tell(
+            "error",
+            kind="StageFailed",
+            message=f"{name} ended by exit code {other.returncode}; the log has its words",
+            traceback="",
+        )
+        os.killpg(0, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _error_kind(error: BaseException) -> str:
@@ -317,7 +381,9 @@ def _error_kind(error: BaseException) -> str:
 
 def main(spec_path: str, parent: str) -> int:
     """The child: run the stage of the spec file, telling progress on the true standard output."""
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    silent = os.environ.get("RANK", "0") != "0"
+    target = os.open(os.devnull, os.O_WRONLY) if silent else os.dup(sys.stdout.fileno())
+    events = os.fdopen(target, "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints, of libraries too, go to the log
     sys.stdout.reconfigure(line_buffering=True)
     _stop_with_parent(int(parent))
@@ -330,7 +396,8 @@ def main(spec_path: str, parent: str) -> int:
         for room in ("stages", "models", "prompts"):  # others only warn
             logging.getLogger(room).setLevel(level)
         log.info("process %d", os.getpid())
-        summary = execute(spec, progress)
+        with _other_ranks(_num_ranks(spec), spec_path, progress):
+            summary = execute(spec, progress)
     except Exception as error:
         text = traceback.format_exc()
         progress.tell("error", kind=_error_kind(error), message=str(error), traceback=text)

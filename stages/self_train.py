@@ -84,14 +84,15 @@ def run(
     last = trainer.run(progress)
 
     # 4. Store.
-    save_segmenter(
-        out,
-        student,
-        label_space=space.name,
-        step=origin["step"] + section.steps,
-        ema=ema.state_dict() if ema else None,
-    )
-    trainer.checkpoints.clear()
+    if trainer.is_main:
+        save_segmenter(
+            out,
+            student,
+            label_space=space.name,
+            step=origin["step"] + section.steps,
+            ema=ema.state_dict() if ema else None,
+        )
+        trainer.checkpoints.clear()
     with_painted = f" and {len(painted)} painted ({section.labels} labels)" if painted else ""
     return Summary(
         text=f"{section.steps} steps on {len(samples)} source samples{with_painted}, "

@@ -73,14 +73,15 @@ def run(
     last = trainer.run(progress)
 
     # 4. Store.
-    save_segmenter(
-        out,
-        segmenter,
-        label_space=space.name,
-        step=section.steps,
-        ema=ema.state_dict() if ema else None,
-    )
-    trainer.checkpoints.clear()
+    if trainer.is_main:
+        save_segmenter(
+            out,
+            segmenter,
+            label_space=space.name,
+            step=section.steps,
+            ema=ema.state_dict() if ema else None,
+        )
+        trainer.checkpoints.clear()
     return Summary(
         text=f"{section.steps} steps on {len(samples)} samples, loss {last['loss']:.3f}",
         numbers={

@@ -168,14 +168,19 @@ class Trainer:
         for step in range(first, self.steps):
             values = self._update(step)
             done = step + 1
-            if self.share.rank == 0 and (done % self.log_every == 0 or done in (1, self.steps)):
+            if self.is_main and (done % self.log_every == 0 or done in (1, self.steps)):
                 samples_per_s = (done - first) * self.batch_size / (perf_counter() - started)
                 self.metrics.write({"step": done, **values, "samples_per_s": samples_per_s})
             progress.advance(1, loss=values["loss"], lr=values["lr"])
-            if self.share.rank == 0 and done % self.checkpoint_every == 0 and done < self.steps:
+            if self.is_main and done % self.checkpoint_every == 0 and done < self.steps:
                 self.checkpoints.save(done, self._state())
         self.accelerator.wait_for_everyone()
         return values
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files: the only one, or the first of several."""
+        return self.share.rank == 0
 
     def _update(self, step: int) -> dict[str, float]:
         # 1. Everything random of this update follows from its number.
@@ -235,14 +240,15 @@ class Trainer:
     def _resume(self, progress: Progress) -> int:
         found = self.checkpoints.newest(progress.note)
         if found is None:
-            self.metrics.cut(0)
+            if self.is_main:
+                self.metrics.cut(0)
             return 0
         step, state = found
         load_trained_tensors(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        if self.share.rank == 0:
+        if self.is_main:
             self.metrics.cut(step)
         progress.note(f"goes on after step {step} of {self.steps}")
         return step

@@ -226,3 +226,60 @@ def test_launch_imports_neither_torch_nor_prefect():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+# --- several training processes ------------------------------------------------------------------
+
+
+@pytest.fixture
+def training_spec(tmp_path):
+    from tests.tiny import tiny_recipe, write_labelspace, write_sources
+
+    roles = {
+        "sources": str(write_sources(tmp_path / "sources", data=tmp_path / "data")),
+        "labelspace": str(write_labelspace(tmp_path / "labelspace")),
+    }
+
+    def spec(out: Path, *, processes: int, **section) -> dict:
+        run = {"device": "cpu", "processes": processes}
+        recipe = tiny_recipe(train_source={"steps": 3} | section, run=run)
+        return {
+            "stage": "train_source",
+            "verb": "stages.train_source",
+            "round": 0,
+            "leg": None,
+            "sections": ["segmenter", "train_source"],
+            "recipe": recipe.model_dump(mode="json"),
+            "recipe_class": "stages.config:Recipe",
+            "out": str(out),
+            "inputs": roles,
+        }
+
+    return spec
+
+
+def test_two_ranks_with_half_a_batch_equal_one_with_all(training_spec, tmp_path, monkeypatch):
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    told = {}
+    for processes in (1, 2):
+        told[processes] = Told()
+        spec = training_spec(tmp_path / str(processes), processes=processes)
+        summary = execute(spec, told[processes])
+        assert summary.numbers["steps"] == 3
+    assert told[2].started == [(3, "steps", 0)]
+    one, two = ([row["loss"] for row in told[n].metrics] for n in (1, 2))
+    assert two == pytest.approx(one, rel=1e-4)
+    weights = [load_file(tmp_path / str(n) / "model.safetensors") for n in (1, 2)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-5)
+    lines = (tmp_path / "2" / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_mistake_that_every_rank_finds_is_told_once(training_spec, tmp_path):
+    spec = training_spec(tmp_path / "out", processes=2, batch_size=1)
+    with pytest.raises(ValueError, match=r"batch_size is 1, but 2 processes"):
+        execute(spec, Told())
