@@ -5,6 +5,7 @@ pictures = painter.paint(["A street at dusk."], seeds=[7], height=768, width=768
                          guidance=7.5)
 """
 
+# B pictures, H W height and width
 import difflib
 import tempfile
 from collections.abc import Sequence
@@ -78,6 +79,9 @@ class Painter:
 
         Returns:
             uint8 RGB pictures [height, width, 3].
+
+        Raises:
+            ValueError: the networks gave numbers that are not finite.
         """
         extra: dict[str, Any] = {}
         if negative_prompt:
@@ -89,10 +93,16 @@ class Painter:
             width=width,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            output_type="pil",
+            output_type="pt",
             **extra,
         ).images
-        return [np.asarray(image.convert("RGB")) for image in images]
+        if not images.isfinite().all():
+            raise ValueError(
+                "the pipeline painted numbers that are not finite (some autoencoders overflow in "
+                "half precision): set precision=fp32, or choose another model."
+            )
+        bytes_B3HW = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        return list(bytes_B3HW.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def load_painter(

@@ -9,6 +9,7 @@ the same for any interruption. Each picture file carries its prompt, seed, model
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from stages.readers import Sample, load_index
 from stages.shards import Row, item_seed, read_jsonl, write_shards
 
 JPEG_QUALITY = 95
+SAVE_THREADS = 4
 _COPIED = {".png": ".png", ".jpg": ".jpg", ".jpeg": ".jpg"}
 """Suffixes of pictures that are collected byte by byte -> the suffix they get."""
 
@@ -85,7 +87,7 @@ def _paint(config: StageConfig, *, out: Path, progress: Progress, prompts: Path 
         dtype=device.dtype,
         seed=config.seed,
     )
-    easel = _Easel(painter=painter, section=section, progress=progress)
+    easel = Easel(painter=painter, section=section, progress=progress)
     num_shards = write_shards(
         out,
         commissions,
@@ -151,7 +153,7 @@ def commission(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Easel:
+class Easel:
     """Paints the pictures of one shard after the other."""
 
     painter: Painter
@@ -159,17 +161,21 @@ class _Easel:
     progress: Progress
 
     def paint_shard(self, commissions: Sequence[Commission], folder: Path) -> list[Row]:
-        rows = []
+        """Paint batch by batch, while other threads compress and write the pictures before."""
+        rows, saved = [], []
         size = self.section.batch_size
-        for start in range(0, len(commissions), size):
-            batch = commissions[start : start + size]
-            for ordered, picture, painted_with in self._paint(batch):
-                row = self._row(ordered)
-                if painted_with < len(batch):
-                    row["batch_size"] = painted_with
-                save_picture(folder / row["file"], picture, row)
-                rows.append(row)
-            self.progress.advance(len(batch))
+        with ThreadPoolExecutor(max_workers=SAVE_THREADS) as pool:
+            for start in range(0, len(commissions), size):
+                batch = commissions[start : start + size]
+                for ordered, picture, painted_with in self._paint(batch):
+                    row = self._row(ordered)
+                    if painted_with < len(batch):
+                        row["batch_size"] = painted_with
+                    saved.append(pool.submit(save_picture, folder / row["file"], picture, row))
+                    rows.append(row)
+                self.progress.advance(len(batch))
+            for future in saved:
+                future.result()
         return rows
 
     def _paint(self, batch: Sequence[Commission]) -> Iterator[tuple[Commission, np.ndarray, int]]:

@@ -90,3 +90,11 @@ def test_an_unknown_hub_id_is_refused_and_says_what_to_fetch():
 def test_what_is_neither_folder_nor_hub_id_is_refused(name):
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
         load_painter(name)
+
+
+def test_numbers_that_are_not_finite_are_an_error_and_no_black_picture():
+    painter = load_painter("random", seed=1)
+    with torch.no_grad():
+        painter.pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="precision=fp32"):
+        painter.paint(PROMPTS, seeds=[1, 2], **HOW)
