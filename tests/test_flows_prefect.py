@@ -93,7 +93,7 @@ class Prefect:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.load(answer)
 
-    def finished(self, run_id: str, *, timeout_s: float = 240) -> dict:
+    def finished(self, run_id: str, *, timeout_s: float = 180) -> dict:
         """The flow run, once it has ended."""
         return until(
             lambda: (
@@ -184,7 +184,7 @@ def whole_run(prefect, tmp_path_factory):
     run_id = prefect.deploy_and_run(
         "whole", recipe=RECIPE, artifacts=str(folder), overrides=ONE_LEG
     )
-    run = prefect.finished(run_id)
+    run = prefect.finished(run_id, timeout_s=540)
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     return run, folder
 
@@ -210,17 +210,12 @@ def test_the_whole_recipe_completes_as_tasks_named_by_what_runs(prefect, whole_r
 def test_a_run_shows_its_results_and_its_logs(prefect, whole_run):
     run, folder = whole_run
     shown = prefect.artifacts(run["id"])
-    results = json.loads(
-        (folder / "latest" / "report.html").resolve().with_name("results.json").read_text()
-    )
-    assert results
     rows = json.loads(shown["evaluate-1"]["data"])
     scores = {row["target"]: row["mIoU %"] for row in rows}
     evaluated = manifest(folder, "evaluate@1")
-    sets = json.loads((folder / "evaluate@1" / evaluated["key"] / "results.json").read_text())[
-        "sets"
-    ]
-    assert scores.items() >= {name: round(100 * s["miou"], 2) for name, s in sets.items()}.items()
+    judged = json.loads((folder / "evaluate@1" / evaluated["key"] / "results.json").read_text())
+    mious = {name: round(100 * entry["miou"], 2) for name, entry in judged["sets"].items()}
+    assert scores == mious | {"mean": round(100 * judged["miou_mean"], 2)}
     summary = shown["clouds-summary"]["data"]
     assert all(manifest(folder, name)["key"] in summary for name in INSTANCES)
     assert "report.html" in summary
@@ -371,8 +366,7 @@ def test_the_command_line_runs_the_flow_where_a_server_is_set(prefect, whole_run
 def test_the_command_line_fails_with_the_flow(prefect, tmp_path):
     done = typed(prefect, tmp_path, "--stage", "refine")
     assert done.returncode == 2, done.stdout
-    assert "clouds: refine@1 needs" in done.stdout
-    assert "Make it with: python flows/clouds.py" in done.stdout
+    assert "which is not there. Make it with: python flows/clouds.py" in done.stdout
 
 
 def test_no_server_is_started_behind_the_users_back(prefect, tmp_path):
