@@ -42,7 +42,8 @@ class DatasetConfig(Section):
     """Folder of the data set: absolute, below `data.root`, or `@render_world/PART` for the
     miniature's own streets."""
     split: str | None = None
-    """Split below the layout's folders ("train", "val"); None: the layout's only or usual one."""
+    """Split below the layout's folders ("train", "val"; of ACDC also one condition, "night/val");
+    None: the only one, or the usual one of the data set's role."""
     label_map: str | None = None
     """Name of the raw-id map in the label space file; None: the layout's usual one."""
     limit: int | None = Field(None, gt=0)
@@ -282,8 +283,9 @@ class SelectConfig(Section):
 class RefineConfig(Section):
     """Sharpen pseudo-labels with SAM."""
 
-    rule: Literal["released"] = "released"
-    """Refinement rule."""
+    rule: Literal["released", "agreement"] = "released"
+    """released: as CLOUDS published it, masks replace components; agreement: masks are used where
+    SAM and the teacher agree, small things stay, unsure pixels are left out."""
     model: str = "vit_h"
     """SAM variant (vit_b, vit_l, vit_h), "config" to read the sizes beside the weights, or "tiny":
     the miniature's sizes (with weights null: random, for tests)."""
@@ -294,6 +296,21 @@ class RefineConfig(Section):
     """Components must be larger than this many pixels (of the picture)."""
     points: int = Field(5, gt=0)
     """Random positive points per component."""
+    prompts: tuple[Literal["box", "mask"], ...] = ("mask",)
+    """agreement: what prompts SAM besides the points."""
+    floor_area: int = Field(64, ge=0)
+    """agreement: components of any class must be larger than this many pixels."""
+    class_share: float = Field(0.25, ge=0, le=1)
+    """agreement: components up to `min_area` count if larger than this share of their class's
+    largest one in the picture."""
+    min_iou: float = Field(0.5, ge=0, le=1)
+    """agreement: SAM's own estimate of a mask's IoU below which the mask is not used."""
+    min_agreement: float = Field(0.5, ge=0, le=1)
+    """agreement: IoU of mask and component below which the mask is not used."""
+    trust: float = Field(0.5, ge=0, le=1)
+    """agreement: mean confidence from which on a component without a usable mask stays."""
+    sure: float = Field(0.9, ge=0, le=1)
+    """agreement: confidence from which on a pixel that no shape covers keeps its label."""
     batch_size: int = Field(1, gt=0)
     """Pictures per encoder pass."""
     prompt_batch: int = Field(64, gt=0)
