@@ -132,6 +132,9 @@ class Engine:
     instances: dict[str, Instance] = field(init=False)
     _found: dict[str, Artifact] = field(init=False, default_factory=dict)
     _forced: set[str] = field(init=False, default_factory=set)
+    """Forced instances that ran."""
+    _emptied: set[str] = field(init=False, default_factory=set)
+    """Forced instances whose older work was thrown away: a retry goes on from its own."""
 
     def __post_init__(self) -> None:
         self.instances = build(self.recipe, self.contracts)
@@ -399,8 +402,10 @@ class Engine:
     ) -> Result:
         name = instance.name
         staging = self.store.staging(name, key)
-        if self._is_forced(instance) and staging.exists():
-            self.store.trash(staging)
+        if self._is_forced(instance) and name not in self._emptied:
+            self._emptied.add(name)
+            if staging.exists():
+                self.store.trash(staging)
         resumes = self.unfinished(name, key)
         staging.mkdir(parents=True, exist_ok=True)
         told = _Told(self.store.progress_file(name, key), listener.stage_started(instance, resumes))

@@ -18,8 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.engine import StageError
 from flows.gpus import count_gpus, wants_gpu
 from flows.store import Store
+from tests import toy_pipeline
 
 pytestmark = [pytest.mark.prefect]
 
@@ -411,6 +413,18 @@ def test_deploying_again_changes_nothing_and_limits_gpus(prefect):
     limits = prefect.ask("v2/concurrency_limits/filter", limit=50)
     (gpu,) = [entry for entry in limits if entry["name"] == "gpu"]
     assert gpu["limit"] == max(1, count_gpus())
+
+
+def test_a_retry_of_a_forced_stage_goes_on_from_its_own_work(tmp_path, monkeypatch):
+    made = toy_pipeline.engine(tmp_path, force=frozenset({"numbers"}))
+    numbers = made.instances["numbers"]
+    monkeypatch.setenv("TOY_FAIL_AT", "7")
+    made.store.open()
+    for _ in range(2):
+        ears = toy_pipeline.Ears()
+        with pytest.raises(StageError):
+            made.run_one(numbers, listener=ears, execute=toy_pipeline.in_process)
+    assert ears.said == ["6/12 numbers"]
 
 
 @pytest.mark.parametrize(
