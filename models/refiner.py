@@ -22,6 +22,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
+from torch.nn import functional as F
 
 from models.config import weights_path
 from models.masks import scale_points
@@ -35,6 +36,8 @@ FROM_CONFIG = "config"
 """Sizes read from `config.json` beside the weights."""
 MODELS = (*OFFICIAL, FROM_CONFIG, TINY)
 _EMBED_DIMS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+MASK_LOGIT = 8.0
+"""A rough mask prompts SAM with plus and minus this."""
 PADDING = -1
 """Label of a point that is none; 1: positive, 0: negative."""
 
@@ -49,6 +52,8 @@ class Prompts:
     """int: 1 positive, 0 negative, -1 no point."""
     boxes_P4: np.ndarray | None = None
     """float32 (left, top, right, bottom) in pixels of the picture."""
+    masks_PHW: np.ndarray | None = None
+    """bool, rough masks at the picture's size."""
 
     def __post_init__(self) -> None:
         if self.points_PN2.shape != (*self.labels_PN.shape, 2):
@@ -73,11 +78,18 @@ class Masks:
     """int64: which of the three candidates each mask is."""
 
 
-def point_prompts(points: Sequence[np.ndarray]) -> Prompts:
-    """Prompts of positive points only.
+def point_prompts(
+    points: Sequence[np.ndarray],
+    *,
+    boxes_P4: np.ndarray | None = None,
+    masks_PHW: np.ndarray | None = None,
+) -> Prompts:
+    """Prompts of positive points, with boxes or rough masks by choice.
 
     Args:
         points: float32 (x, y) [number, 2] for each prompt; missing ones are padded.
+        boxes_P4: see `Prompts`.
+        masks_PHW: see `Prompts`.
     """
     longest = max((len(own) for own in points), default=1)
     points_PN2 = np.zeros((len(points), longest, 2), np.float32)
@@ -85,7 +97,9 @@ def point_prompts(points: Sequence[np.ndarray]) -> Prompts:
     for number, own in enumerate(points):
         points_PN2[number, : len(own)] = own
         labels_PN[number, : len(own)] = 1
-    return Prompts(points_PN2=points_PN2, labels_PN=labels_PN)
+    return Prompts(
+        points_PN2=points_PN2, labels_PN=labels_PN, boxes_P4=boxes_P4, masks_PHW=masks_PHW
+    )
 
 
 class Refiner(nn.Module):
@@ -166,7 +180,7 @@ class Refiner(nn.Module):
                 torch.from_numpy(prompts.labels_PN).to(device),
             ),
             boxes=boxes,
-            masks=None,
+            masks=self._mask_logits(prompts.masks_PHW, size),
         )
         return self.sam.mask_decoder(
             image_embeddings=embedding_CHW[None],
@@ -175,6 +189,19 @@ class Refiner(nn.Module):
             dense_prompt_embeddings=dense,
             multimask_output=True,
         )
+
+    def _mask_logits(
+        self, masks_PHW: np.ndarray | None, size: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """Rough masks as logits [P, 1, G, G] on the prompt encoder's grid, padded like pictures."""
+        if masks_PHW is None:
+            return None
+        grid = self.sam.prompt_encoder.mask_input_size[0]
+        seen = ResizeLongestSide.get_preprocess_shape(*size, self.image_size)
+        height, width = (max(1, round(side * grid / self.image_size)) for side in seen)
+        shares = torch.from_numpy(masks_PHW).to(self.sam.device)[:, None].float()
+        logits = (2 * F.interpolate(shares, (height, width), mode="area") - 1) * MASK_LOGIT
+        return F.pad(logits, (0, grid - width, 0, grid - height), value=-MASK_LOGIT)
 
     def _finish(
         self,
@@ -203,11 +230,15 @@ class Refiner(nn.Module):
 
 
 def _split(prompts: Prompts, size: int) -> list[Prompts]:
+    def part(values: np.ndarray | None, start: int) -> np.ndarray | None:
+        return None if values is None else values[start : start + size]
+
     return [
         Prompts(
             points_PN2=prompts.points_PN2[start : start + size],
             labels_PN=prompts.labels_PN[start : start + size],
-            boxes_P4=None if prompts.boxes_P4 is None else prompts.boxes_P4[start : start + size],
+            boxes_P4=part(prompts.boxes_P4, start),
+            masks_PHW=part(prompts.masks_PHW, start),
         )
         for start in range(0, len(prompts), size)
     ]

@@ -1,9 +1,10 @@
-"""Sharpen pseudo-labels with SAM: the released rule of CLOUDS.
+"""Sharpen pseudo-labels with SAM, by the released rule of CLOUDS or by agreement.
 
     clouds --stage refine --set refine.min_area=200
 
-Every large component of a label map prompts SAM with a few random points of its own; the best mask
-replaces it (`models/masks.py` has the steps). What no mask covers becomes 255.
+Every large component of a label map prompts SAM with a few random points of its own. Under rule
+`released` the best mask replaces it, and what no mask covers becomes 255 (`models/masks.py`); under
+rule `agreement` a mask counts where it agrees with the teacher (`models/refine_rules.py`).
 """
 
 import shutil
@@ -23,7 +24,8 @@ from models.masks import (
     pick_points,
     refined_label_map,
 )
-from models.refiner import Prompts, Refiner, build_refiner, point_prompts
+from models.refine_rules import Agreement, agreement_rule, prompted_components
+from models.refiner import Masks, Prompts, Refiner, build_refiner, point_prompts
 from stages.config import RefineConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device
@@ -39,6 +41,7 @@ class Job:
     id: str
     picture: Path
     label: Path
+    confidence: Path
 
 
 def run(
@@ -96,10 +99,10 @@ def pair(pictures: Path, labels: Path, selection: Path) -> list[Job]:
         ValueError: a kept picture has no label, or nothing is kept.
     """
     kept = {row["id"] for row in read_jsonl(selection / "selection.jsonl") if row["kept"]}
-    files = {row["id"]: row["folder"] / row["label"] for row in read_index(labels)}
+    label_rows = {row["id"]: row for row in read_index(labels)}
     rows = [row for row in read_index(pictures) if row["id"] in kept]
     strays = sorted(kept - {row["id"] for row in rows}) or sorted(
-        row["id"] for row in rows if row["id"] not in files
+        row["id"] for row in rows if row["id"] not in label_rows
     )
     if strays:
         raise ValueError(
@@ -109,10 +112,16 @@ def pair(pictures: Path, labels: Path, selection: Path) -> list[Job]:
         )
     if not rows:
         raise ValueError("no picture is left to refine: the selection keeps none. Loosen `select`.")
-    return [
-        Job(id=row["id"], picture=row["folder"] / row["file"], label=files[row["id"]])
-        for row in rows
-    ]
+    return [_job(row, label_rows[row["id"]]) for row in rows]
+
+
+def _job(picture: Row, label: Row) -> Job:
+    return Job(
+        id=picture["id"],
+        picture=picture["folder"] / picture["file"],
+        label=label["folder"] / label["label"],
+        confidence=label["folder"] / label.get("confidence", ""),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,55 +145,114 @@ class _Bench:
 
     def _refine(self, batch: Sequence[Job], folder: Path) -> list[Row]:
         images = [read_image(job.picture) for job in batch]
-        befores = [_read_label(job, image) for job, image in zip(batch, images, strict=True)]
-        components = [
-            find_components(before, min_area_px=self.section.min_area, void=(IGNORE,))
-            for before in befores
+        befores = [
+            _read_map(job, job.label, image) for job, image in zip(batch, images, strict=True)
         ]
-        prompts = [self._prompts(job, own) for job, own in zip(batch, components, strict=True)]
+        components = [self._components(before) for before in befores]
+        prompts = [self._prompts(*each) for each in zip(batch, befores, components, strict=True)]
         found = self.refiner.masks(
             images,
             prompts,
-            best_only=True,
+            best_only=self.section.rule == "released",
             prompt_batch=self.section.prompt_batch,
             bf16=self.bf16,
         )
         rows = []
-        for job, before, own, masks in zip(batch, befores, components, found, strict=True):
-            after = refined_label_map(before, own, masks.masks_PCHW[:, 0], void=IGNORE)
+        for job, image, before, own, masks in zip(
+            batch, images, befores, components, found, strict=True
+        ):
+            after, extra = self._rule(job, image, before, own, masks)
             name = f"{job.id.replace('/', '+')}.label.png"
             Image.fromarray(after).save(folder / name)
-            iou = [round(value, 4) for value in masks.iou_PC[:, 0].tolist()]
-            rows.append(
-                {"id": job.id, "label": name, "counts": count_changes(before, after, own, iou)}
-            )
+            iou = masks.iou_PC.amax(1).tolist() if own else []
+            counts = count_changes(before, after, own, iou) | extra
+            rows.append({"id": job.id, "label": name, "counts": counts})
         return rows
 
-    def _prompts(self, job: Job, components: Sequence[Component]) -> Prompts:
-        """A few random points of every component, drawn by picture and component number."""
-        return point_prompts(
-            [
-                pick_points(
-                    component,
-                    draw_indices(
-                        component,
-                        self.section.points,
-                        seed=item_seed(self.seed, job.id, number),
-                    ),
-                )
-                for number, component in enumerate(components)
-            ]
+    def _components(self, label_HW: np.ndarray) -> list[Component]:
+        section = self.section
+        if section.rule == "released":
+            return find_components(label_HW, min_area_px=section.min_area, void=(IGNORE,))
+        return prompted_components(
+            label_HW,
+            min_area_px=section.min_area,
+            floor_px=section.floor_area,
+            class_share=section.class_share,
+            void=(IGNORE,),
         )
 
+    def _rule(
+        self,
+        job: Job,
+        image: np.ndarray,
+        before_HW: np.ndarray,
+        components: Sequence[Component],
+        masks: Masks,
+    ) -> tuple[np.ndarray, Row]:
+        """The refined label map, and what else the rule counts."""
+        section = self.section
+        if section.rule == "released":
+            return refined_label_map(before_HW, components, masks.masks_PCHW[:, 0], void=IGNORE), {}
+        ruling = agreement_rule(
+            before_HW,
+            _read_map(job, job.confidence, image).astype(np.float32) / 255,
+            components,
+            masks.masks_PCHW,
+            masks.iou_PC,
+            settings=Agreement(
+                min_iou=section.min_iou,
+                min_agreement=section.min_agreement,
+                trust=section.trust,
+                sure=section.sure,
+            ),
+            void=IGNORE,
+        )
+        return ruling.label_HW, {
+            "accepted": ruling.num_accepted,
+            "trusted": ruling.num_trusted,
+            "fallback": False,
+        }
 
-def _read_label(job: Job, image: np.ndarray) -> np.ndarray:
-    label_HW = read_label(job.label)
-    if label_HW.shape != image.shape[:2]:
+    def _prompts(self, job: Job, label_HW: np.ndarray, components: Sequence[Component]) -> Prompts:
+        """A few random points of every component, drawn by picture and component number.
+
+        Under rule "agreement" with the component's box or its shape as a rough mask.
+        """
+        points = [
+            pick_points(
+                component,
+                draw_indices(
+                    component, self.section.points, seed=item_seed(self.seed, job.id, number)
+                ),
+            )
+            for number, component in enumerate(components)
+        ]
+        with_shapes = self.section.prompts if self.section.rule == "agreement" else ()
+        boxes = masks = None
+        if "box" in with_shapes:
+            boxes = np.array([_box(component) for component in components], np.float32)
+            boxes = boxes.reshape(-1, 4)
+        if "mask" in with_shapes:
+            masks = np.zeros((len(components), *label_HW.shape), bool)
+            for mask_HW, component in zip(masks, components, strict=True):
+                component.paint(mask_HW, True)
+        return point_prompts(points, boxes_P4=boxes, masks_PHW=masks)
+
+
+def _box(component: Component) -> tuple[int, int, int, int]:
+    height, width = component.mask.shape
+    left, top = component.left, component.top
+    return left, top, left + width - 1, top + height - 1
+
+
+def _read_map(job: Job, path: Path, image: np.ndarray) -> np.ndarray:
+    map_HW = read_label(path)
+    if map_HW.shape != image.shape[:2]:
         raise ValueError(
-            f"picture {job.id} is {image.shape[0]}x{image.shape[1]}, its label "
-            f"{label_HW.shape[0]}x{label_HW.shape[1]}: they do not belong together."
+            f"picture {job.id} is {image.shape[0]}x{image.shape[1]}, its {path.name} "
+            f"{map_HW.shape[0]}x{map_HW.shape[1]}: they do not belong together."
         )
-    return label_HW
+    return map_HW
 
 
 def count_changes(
@@ -246,7 +314,12 @@ def sum_up(rows: Sequence[Mapping[str, object]], *, untrained: bool) -> Row:
         for train_id, counts in row["counts"]["classes"].items():
             totals[train_id].update(counts)
     scores = [row["counts"]["mean_iou"] for row in rows if row["counts"]["mean_iou"] is not None]
-    return {
+    ruled = {
+        name: sum(row["counts"][name] for row in rows)
+        for name in ("accepted", "trusted")
+        if all(name in row["counts"] for row in rows)
+    }
+    return ruled | {
         "num_pictures": len(rows),
         "num_fallback": sum(row["counts"]["fallback"] for row in rows),
         "components": sum(row["counts"]["components"] for row in rows),

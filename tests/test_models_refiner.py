@@ -67,6 +67,31 @@ def test_masks_equal_those_of_sam_predictor_one_by_one(refiner, with_boxes):
         np.testing.assert_allclose(ours.iou_PC.numpy(), iou, rtol=1e-4, atol=1e-6)
 
 
+def test_a_rough_mask_prompts_as_sam_predictor_takes_it(refiner):
+    image, size = pictures()[1], SIZES[1]
+    rough = np.zeros((2, *size), bool)
+    rough[0, 10:40, 20:70] = True
+    rough[1, :, 100:] = True
+    own = prompts_for(size, 2)
+    prompts = point_prompts(list(own.points_PN2), masks_PHW=rough)
+    (found,) = refiner.masks([image], [prompts])
+    predictor = SamPredictor(refiner.sam)
+    predictor.set_image(image)
+    for number in range(2):
+        grid = np.full((1, 64, 64), -8.0, np.float32)
+        grid[0, :32] = rough[number].reshape(32, 2, 64, 2).mean((1, 3)) * 16 - 8
+        masks, iou, _ = predictor.predict(
+            point_coords=own.points_PN2[number],
+            point_labels=own.labels_PN[number],
+            mask_input=grid,
+            multimask_output=True,
+        )
+        assert np.array_equal(found.masks_PCHW[number].numpy(), masks)
+        np.testing.assert_allclose(found.iou_PC[number].numpy(), iou, rtol=1e-4, atol=1e-6)
+    (plain,) = refiner.masks([image], [own])
+    assert not torch.allclose(plain.iou_PC, found.iou_PC)
+
+
 def test_best_only_is_the_candidate_of_the_highest_score(refiner):
     images, prompts = pictures(), [prompts_for(size, 4) for size in SIZES]
     everything = refiner.masks(images, prompts)

@@ -18,7 +18,7 @@ from models.refiner import build_refiner
 from stages import refine
 from stages.labels import IGNORE
 from stages.refine import count_changes
-from stages.shards import item_seed, read_index, shard_folders
+from stages.shards import item_seed, read_index, shard_folders, write_jsonl
 from tests.interruptions import Interrupted, Interrupting, digests
 from tests.tiny import (
     Told,
@@ -142,6 +142,47 @@ def test_counts_add_up_whatever_the_maps_hold(seed, min_area):
     assert sum(entry["components"] for entry in classes) == counts["components"]
 
 
+def with_confidences(labels, *, value: int, names=IDS):
+    """A copy of the labels with a confidence map of one value beside each."""
+    shard = labels / "shard-00000"
+    rows = []
+    for name in names:
+        Image.new("L", street(0)[1].shape[::-1], value).save(shard / f"{name}.confidence.png")
+        rows.append(
+            {"id": name, "label": f"{name}.label.png", "confidence": f"{name}.confidence.png"}
+        )
+    write_jsonl(shard / "index.jsonl", rows)
+    return labels
+
+
+@pytest.mark.parametrize("prompts", [[], ["box"], ["mask"], ["box", "mask"]])
+def test_rule_agreement_keeps_the_labels_of_a_sure_teacher_where_sam_is_useless(
+    tmp_path, inputs, prompts
+):
+    shutil.copytree(inputs["labels"], tmp_path / "labels")
+    labels = with_confidences(tmp_path / "labels", value=255)
+    rows, statistics, _ = refined(
+        tmp_path / "out",
+        inputs | {"labels": labels},
+        rule="agreement",
+        prompts=prompts,
+        min_iou=1.0,
+    )
+    for number, row in enumerate(rows):
+        assert np.array_equal(label_of(row), street(1000 + number)[1])
+    assert statistics["accepted"] == 0
+    assert statistics["trusted"] == statistics["components"] > 0
+
+
+def test_rule_agreement_leaves_out_what_neither_sam_nor_the_teacher_is_sure_of(tmp_path, inputs):
+    shutil.copytree(inputs["labels"], tmp_path / "labels")
+    labels = with_confidences(tmp_path / "labels", value=20)
+    rows, _, _ = refined(
+        tmp_path / "out", inputs | {"labels": labels}, rule="agreement", min_iou=1.0
+    )
+    assert all((label_of(row) == IGNORE).all() for row in rows)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 5), st.floats(0, 1))
 def test_merging_in_one_pass_equals_removing_overlaps_first(seed, num_masks, share):
@@ -206,7 +247,7 @@ def test_labels_of_another_size_than_the_picture_are_refused(tmp_path, inputs):
     labels = tmp_path / "labels"
     shutil.copytree(inputs["labels"], labels)
     Image.new("L", (10, 12)).save(labels / "shard-00000" / "p2.label.png")
-    with pytest.raises(ValueError, match=r"picture p2 is .* its label 12x10"):
+    with pytest.raises(ValueError, match=r"picture p2 is .* its p2.label.png 12x10"):
         refined(tmp_path / "out", inputs | {"labels": labels})
 
 
