@@ -4,29 +4,26 @@ Source: Cheng et al., Mask2Former (CVPR 2022), section 3.3; constants as in CLOU
 costs of all predictions are made on the device and copied to the host once.
 """
 
-# B batch, L predictions, Q queries, K classes, N matched pairs of the batch, P points,
-# H W height and width
+# B batch, L predictions, Q queries, K classes, T target masks of the batch (image after image,
+# classes ascending), N any masks, P points, H W height and width
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import distributed
 from torch.nn import functional as F
 
 from models.config import LossConfig
 from models.decoder import Prediction
+from models.matching import IGNORE, Targets, find_targets, match
 from models.points import (
     PointDraws,
     draw_points,
-    sample_label_masks,
-    sample_label_shares,
+    sample_by_prediction,
     sample_masks,
+    smallest,
 )
 from models.segmenter import SegmenterOutput
-
-IGNORE = 255
-"""The label of unlabelled pixels."""
 
 
 class BatchCounts(NamedTuple):
@@ -48,16 +45,18 @@ class Handling(NamedTuple):
     whole: BatchCounts | None = None
 
 
+class ChosenPoints(NamedTuple):
+    """Where the masks are compared, and what the labels are there."""
+
+    points_TLP2: torch.Tensor
+    targets_TLP: torch.Tensor
+    """Bilinear share of the target's pixels around each point."""
+    valid_TLP: torch.Tensor | None
+    """Bilinear share of the pixels that count; None: all do."""
+
+
 PLAIN = Handling()
 """Every image counts alike, nothing is left out, the batch is whole."""
-
-
-class Matches(NamedTuple):
-    """Matched pairs of one prediction, image after image, by query inside an image."""
-
-    images_N: list[int]
-    queries_N: list[int]
-    classes_N: list[int]
 
 
 class SetCriterion:
@@ -154,14 +153,13 @@ class SetCriterion:
         handling: Handling,
     ) -> dict[str, torch.Tensor]:
         # 1. Which classes are there, and the random points.
-        present = present_classes(labels_BHW, self.num_classes)
+        targets = find_targets(labels_BHW, self.num_classes)
         if draws is None:
             if seeds is None:
                 raise ValueError("the criterion needs seeds, one per image")
             draws = draw_points(
                 seeds,
-                [len(classes) for classes in present],
-                predictions=len(predictions),
+                [targets.images_T.count(image) for image in range(len(labels_BHW))],
                 points=self.config.points,
                 candidates=self.candidates,
                 uncertain=self.uncertain,
@@ -169,16 +167,16 @@ class SetCriterion:
             )
 
         # 2. Match every prediction.
-        matches = self.match(predictions, labels_BHW, present, draws, ignore_B=handling.ignore_B)
+        queries_LT = self.match(predictions, labels_BHW, targets, draws, ignore_B=handling.ignore_B)
 
         # 3. Classes.
         class_logits = torch.stack([p.class_logits_BQK1 for p in predictions]).float()
-        class_sums_L, weight_sums_L = self._class_sums(class_logits, matches, handling)
+        class_sums_L, weight_sums_L = self._class_sums(class_logits, targets, queries_LT, handling)
 
         # 4. Masks, all predictions at once.
-        num_masks = class_logits.new_tensor([sum(len(classes) for classes in present)])
+        num_masks = class_logits.new_tensor([len(targets.images_T)])
         mask_sums_L, dice_sums_L = self._mask_sums(
-            predictions, labels_BHW, matches, draws, handling
+            predictions, labels_BHW, targets, queries_LT, draws, handling
         )
 
         # 5. Means over the batch of all ranks, then the weighted sum.
@@ -205,164 +203,172 @@ class SetCriterion:
         weight_sum = whole.masks + self.config.no_object * unmatched
         return class_logits_LBQK1.new_tensor([*[weight_sum] * L, max(whole.masks, 1)])
 
-    @torch.no_grad()
     def match(
         self,
         predictions: Sequence[Prediction],
         labels_BHW: torch.Tensor,
-        present: Sequence[Sequence[int]],
+        targets: Targets,
         draws: PointDraws,
         *,
         ignore_B: torch.Tensor | None = None,
-    ) -> list[Matches]:
-        """The cheapest pairs of queries and classes, for every prediction.
+    ) -> torch.Tensor:
+        """The query of every target mask, for every prediction, int64 [L, T], -1: none.
 
         Args:
             predictions: the final one first.
             labels_BHW: label maps that cover the same area as the masks.
-            present: classes of each image.
+            targets: the classes of each image.
             draws: random points; `matching` is used.
             ignore_B: images whose unlabelled pixels are left out; None: as configured.
         """
-        ignore_B = self._ignored(ignore_B, labels_BHW)
-        costs_LBQK = torch.stack(
-            [
-                self._costs(
-                    prediction,
-                    labels_BHW,
-                    torch.stack([d[index] for d in draws.matching]),
-                    ignore_B,
-                )
-                for index, prediction in enumerate(predictions)
-            ]
+        return match(
+            predictions,
+            labels_BHW,
+            targets,
+            draws.matching,
+            self.config,
+            num_classes=self.num_classes,
+            ignore_B=self._ignored(ignore_B, labels_BHW),
         )
-        # Non-finite costs match anyhow; the losses then say what is not finite.
-        costs = torch.nan_to_num(costs_LBQK).cpu().numpy()
-        found = []
-        for costs_BQK in costs:
-            matches = Matches([], [], [])
-            for image, (costs_QK, classes) in enumerate(zip(costs_BQK, present, strict=True)):
-                queries, targets = linear_sum_assignment(costs_QK[:, classes])
-                matches.images_N.extend([image] * len(queries))
-                matches.queries_N.extend(queries.tolist())
-                matches.classes_N.extend(classes[t] for t in targets)
-            found.append(matches)
-        return found
-
-    def _costs(
-        self,
-        prediction: Prediction,
-        labels_BHW: torch.Tensor,
-        points_BP2: torch.Tensor,
-        ignore_B: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Matching costs of all queries and classes, [B, Q, K]."""
-        logits_BQP = sample_masks(prediction.masks_BQHW.float(), points_BP2)
-        shares = sample_label_shares(labels_BHW, points_BP2, self.num_classes)
-        targets_BPK = shares[:, :-1].transpose(1, 2)
-        probabilities_BQP = logits_BQP.sigmoid()
-        # Cross-entropy is softplus(x) - x t: the first part is the same for every class.
-        entropy_BQP = F.softplus(logits_BQP)
-        if ignore_B is not None:
-            labelled_B1P = shares[:, :-1].sum(1, keepdim=True)
-            valid_B1P = torch.where(ignore_B[:, None, None], labelled_B1P, 1)
-            count = valid_B1P.sum(-1, keepdim=True).clamp(min=1e-6)
-            entropy_BQP, covered_BQP = entropy_BQP * valid_B1P, probabilities_BQP * valid_B1P
-        else:
-            count, covered_BQP = points_BP2.shape[1], probabilities_BQP
-        entropy = (entropy_BQP.sum(-1, keepdim=True) - logits_BQP @ targets_BPK) / count
-        overlap = probabilities_BQP @ targets_BPK
-        total = covered_BQP.sum(-1, keepdim=True) + targets_BPK.sum(1, keepdim=True)
-        dice = 1 - (2 * overlap + 1) / (total + 1)
-        classes = -prediction.class_logits_BQK1.float().softmax(-1)[..., :-1]
-        c = self.config
-        return c.class_weight * classes + c.mask_weight * entropy + c.dice_weight * dice
 
     def _class_sums(
-        self, class_logits_LBQK1: torch.Tensor, matches: Sequence[Matches], handling: Handling
+        self,
+        class_logits_LBQK1: torch.Tensor,
+        targets: Targets,
+        queries_LT: torch.Tensor,
+        handling: Handling,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Per prediction: weighted sum of cross-entropies, and the sum of the weights."""
         L, B, Q, K1 = class_logits_LBQK1.shape
-        targets = torch.full((L, B, Q), K1 - 1)
-        for index, match in enumerate(matches):
-            targets[index, match.images_N, match.queries_N] = torch.tensor(
-                match.classes_N, dtype=torch.int64
-            )
-        targets = targets.to(class_logits_LBQK1.device, non_blocking=True)
+        classes_LBQ = torch.full((L, B, Q), K1 - 1)
+        images_T, classes_T = torch.tensor(targets, dtype=torch.int64)
+        for index, queries_T in enumerate(queries_LT):
+            found = queries_T >= 0
+            classes_LBQ[index, images_T[found], queries_T[found]] = classes_T[found]
+        classes_LBQ = classes_LBQ.to(class_logits_LBQK1.device, non_blocking=True)
         weights_K1 = class_logits_LBQK1.new_ones(K1)
         weights_K1[-1] = self.config.no_object
         entropies = F.cross_entropy(
-            class_logits_LBQK1.flatten(0, 2), targets.flatten(), weight=weights_K1, reduction="none"
+            class_logits_LBQK1.flatten(0, 2),
+            classes_LBQ.flatten(),
+            weight=weights_K1,
+            reduction="none",
         )
         if handling.weights_B is not None:
             entropies = entropies.view(L, B, Q) * handling.weights_B[:, None]
-        return entropies.view(L, -1).sum(1), weights_K1[targets].flatten(1).sum(1)
+        return entropies.view(L, -1).sum(1), weights_K1[classes_LBQ].flatten(1).sum(1)
 
     def _mask_sums(
         self,
         predictions: Sequence[Prediction],
         labels_BHW: torch.Tensor,
-        matches: Sequence[Matches],
+        targets: Targets,
+        queries_LT: torch.Tensor,
         draws: PointDraws,
         handling: Handling,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Per prediction: sums over matched masks of the point-wise cross-entropy and of dice."""
-        L = len(predictions)
-        indices = torch.tensor(
-            [[m.images_N, m.queries_N, m.classes_N] for m in matches], dtype=torch.int64
-        ).to(labels_BHW.device, non_blocking=True)
-        masks = torch.cat(
-            [p.masks_BQHW[i[0], i[1]] for p, i in zip(predictions, indices, strict=True)]
-        )
-        if len(masks) == 0:
+        if not targets.images_T:
             nothing = torch.stack([p.masks_BQHW.float().sum() * 0 for p in predictions])
             return nothing, nothing
-        masks_N1HW = masks.float()[:, None]
-        images, classes = indices[:, 0].flatten(), indices[:, 2].flatten()
-        points = self._points(masks_N1HW, draws)
-        logits_NP = sample_masks(masks_N1HW, points)[:, 0]
-        with torch.no_grad():
-            targets_NP = sample_label_masks(labels_BHW, images, classes, points)
-            valid_NP = None
-            if handling.ignore_B is not None:
-                labelled_BHW = (labels_BHW != IGNORE).to(torch.uint8)
-                labelled_NP = sample_label_masks(
-                    labelled_BHW, images, torch.ones_like(classes), points
-                )
-                valid_NP = torch.where(handling.ignore_B[images, None], labelled_NP, 1)
-        entropy_N = mask_entropy(logits_NP, targets_NP, valid_NP)
-        dice_N = dice_loss(logits_NP, targets_NP, valid_NP)
+        # 1. The mask of every target's query.
+        table = torch.cat([torch.tensor([targets.images_T, targets.classes_T]), queries_LT])
+        images_T, classes_T, *queries = table.to(labels_BHW.device, non_blocking=True)
+        masks_TLHW = torch.stack(
+            [p.masks_BQHW[images_T, q] for p, q in zip(predictions, queries, strict=True)], 1
+        ).float()
+
+        # 2. Where they are compared, with what.
+        chosen = self._choose_points(
+            masks_TLHW.detach(), labels_BHW, images_T, classes_T, draws, handling
+        )
+
+        # 3. Compare.
+        T, L, H, W = masks_TLHW.shape
+        logits_NP = sample_masks(masks_TLHW.view(T * L, 1, H, W), chosen.points_TLP2.flatten(0, 1))[
+            :, 0
+        ]
+        valid_NP = None if chosen.valid_TLP is None else chosen.valid_TLP.flatten(0, 1)
+        targets_NP = chosen.targets_TLP.flatten(0, 1)
+        counted_TL = (torch.stack(queries, 1) >= 0).float()
         if handling.weights_B is not None:
-            weights_N = handling.weights_B[images]
-            entropy_N, dice_N = entropy_N * weights_N, dice_N * weights_N
-        return entropy_N.view(L, -1).sum(1), dice_N.view(L, -1).sum(1)
+            counted_TL = counted_TL * handling.weights_B[images_T, None]
+        entropy_TL = mask_entropy(logits_NP, targets_NP, valid_NP).view(T, L)
+        dice_TL = dice_loss(logits_NP, targets_NP, valid_NP).view(T, L)
+        return (entropy_TL * counted_TL).sum(0), (dice_TL * counted_TL).sum(0)
 
     @torch.no_grad()
-    def _points(self, masks_N1HW: torch.Tensor, draws: PointDraws) -> torch.Tensor:
-        """The most uncertain candidates of each mask, and uniform points, [N, P, 2]."""
-        candidates = torch.cat(draws.candidates, 1).flatten(0, 1)
-        uniform = torch.cat(draws.uniform, 1).flatten(0, 1)
-        uncertainty = -sample_masks(masks_N1HW, candidates)[:, 0].abs()
-        kept = uncertainty.topk(self.uncertain, dim=1).indices
-        return torch.cat([candidates.gather(1, kept[..., None].expand(-1, -1, 2)), uniform], 1)
-
-
-def present_classes(labels_BHW: torch.Tensor, classes: int) -> list[list[int]]:
-    """The classes of each image, ascending, without 255; one copy to the host.
-
-    Raises:
-        ValueError: a value that is neither a class nor 255.
-    """
-    found = torch.zeros(len(labels_BHW), 256, dtype=torch.uint8, device=labels_BHW.device)
-    found.scatter_(1, labels_BHW.flatten(1).long(), 1)
-    present = [row.nonzero()[:, 0].tolist() for row in found.cpu()]
-    strange = sorted({v for values in present for v in values if classes <= v < IGNORE})
-    if strange:
-        raise ValueError(
-            f"labels hold {strange}, but train ids go from 0 to {classes - 1} (255: unlabelled); "
-            "check the data set's id map"
+    def _choose_points(
+        self,
+        masks_TLHW: torch.Tensor,
+        labels_BHW: torch.Tensor,
+        images_T: torch.Tensor,
+        classes_T: torch.Tensor,
+        draws: PointDraws,
+        handling: Handling,
+    ) -> ChosenPoints:
+        """The most uncertain candidates of each mask and uniform points, and what is there."""
+        candidates, uniform = torch.cat(draws.candidates, 1), torch.cat(draws.uniform, 1)
+        # A few masks at a time stay in a CPU's cache; a GPU wants all at once.
+        step = 4 if masks_TLHW.device.type == "cpu" else len(masks_TLHW)
+        parts = []
+        for start in range(0, len(masks_TLHW), step):
+            rows = slice(start, start + step)
+            drawn = candidates[:, rows], uniform[:, rows]
+            uncertainty = sample_by_prediction(masks_TLHW[rows], drawn[0]).abs_()
+            kept_NU = smallest(uncertainty.flatten(0, 1), self.uncertain)
+            kept_TLU = kept_NU.view(*uncertainty.shape[:2], -1)
+            labels_THW = labels_BHW[images_T[rows]]
+            valid_TLP = None
+            if handling.ignore_B is not None:
+                ignored = handling.ignore_B[images_T[rows], None, None]
+                labelled = shares_at(labels_THW != IGNORE, drawn, kept_TLU)
+                valid_TLP = torch.where(ignored, labelled, 1)
+            parts.append(
+                ChosenPoints(
+                    points_TLP2=choose(*drawn, kept_TLU),
+                    targets_TLP=shares_at(
+                        labels_THW == classes_T[rows, None, None], drawn, kept_TLU
+                    ),
+                    valid_TLP=valid_TLP,
+                )
+            )
+        points, targets, valid = zip(*parts, strict=True)
+        return ChosenPoints(
+            torch.cat(points), torch.cat(targets), None if valid[0] is None else torch.cat(valid)
         )
-    return [[v for v in values if v < classes] for values in present]
+
+
+def choose(
+    candidates_DTCX: torch.Tensor, uniform_DTPX: torch.Tensor, kept_TLU: torch.Tensor
+) -> torch.Tensor:
+    """Of things per candidate those of the kept ones, then those of the uniform points.
+
+    Args:
+        candidates_DTCX: anything per candidate; D is 1 or L.
+        uniform_DTPX: the same per uniform point.
+        kept_TLU: indices of the kept candidates.
+
+    Returns:
+        [T, L, U + P, X].
+    """
+    T, L, U = kept_TLU.shape
+    X = candidates_DTCX.shape[-1]
+    candidates = candidates_DTCX.transpose(0, 1).expand(T, L, -1, X)
+    uniform = uniform_DTPX.transpose(0, 1).expand(T, L, -1, X)
+    return torch.cat([candidates.gather(2, kept_TLU[..., None].expand(T, L, U, X)), uniform], 2)
+
+
+def shares_at(
+    masks_THW: torch.Tensor, drawn: tuple[torch.Tensor, torch.Tensor], kept_TLU: torch.Tensor
+) -> torch.Tensor:
+    """Binary masks at the chosen points, bilinearly, [T, L, P]; arguments as of `choose`."""
+    plane = masks_THW.float()[:, None]
+    sampled = (
+        torch.stack([sample_masks(plane, points_TP2)[:, 0, :, None] for points_TP2 in points])
+        for points in drawn
+    )
+    return choose(*sampled, kept_TLU)[..., 0]
 
 
 def mask_entropy(
@@ -429,11 +435,11 @@ def count_batch(labels_BHW: torch.Tensor, classes: int) -> BatchCounts:
     Every class present is one target mask, so counts do not depend on what is predicted (as long
     as there are at least as many queries as classes in an image).
     """
-    present = present_classes(labels_BHW, classes)
+    masks = len(find_targets(labels_BHW, classes).images_T)
     sums = torch.stack(
         [
-            labels_BHW.new_tensor(len(present), dtype=torch.float64),
-            labels_BHW.new_tensor(sum(map(len, present)), dtype=torch.float64),
+            labels_BHW.new_tensor(len(labels_BHW), dtype=torch.float64),
+            labels_BHW.new_tensor(masks, dtype=torch.float64),
             (labels_BHW != IGNORE).sum().double(),
         ]
     )

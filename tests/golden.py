@@ -26,6 +26,7 @@ from models.decoder import Prediction, QueryDecoder
 from models.heads import MaskHead
 from models.inference import slide, windows
 from models.losses import SetCriterion, pixel_loss
+from models.matching import Targets, find_targets
 from models.pixel_decoder import PixelDecoder
 from models.points import PointDraws
 from models.rein import ReinTokens, TokenCorrection
@@ -200,17 +201,17 @@ def clouds_losses(golden: GoldenSet) -> Iterator[Difference]:
         masks_BQHW=predictions[0].masks_BQHW,
         aux=tuple(predictions[1:]),
     )
-    present = [golden[f"in/target_{image}_labels"].tolist() for image in range(batch)]
-    for name, match in zip(
-        names, criterion.match(predictions, labels, present, draws), strict=True
-    ):
+    targets = find_targets(labels, golden.config["k"])
+    queries_LT = criterion.match(predictions, labels, targets, draws)
+    for name, queries_T in zip(names, queries_LT, strict=True):
         for image in range(batch):
-            pairs = [
-                (q, present[image].index(k)) for i, q, k in zip(*match, strict=True) if i == image
-            ]
-            queries, targets = (torch.tensor(column) for column in zip(*pairs, strict=True))
-            yield Difference("match", queries, golden[f"out/match_{name}_{image}_query"])
-            yield Difference("match", targets, golden[f"out/match_{name}_{image}_target"])
+            places = targets.of_image(image)
+            order = queries_T[places].argsort()
+            yield Difference(
+                "match", queries_T[places][order], golden[f"out/match_{name}_{image}_query"]
+            )
+            yield Difference("match", order, golden[f"out/match_{name}_{image}_target"])
+    draws = ordered_by_class(draws, targets, queries_LT)
     losses = criterion(output, labels, draws=draws)
     for name, value in losses.items():
         yield Difference(name, value, golden[f"out/{name}"])
@@ -234,6 +235,18 @@ def recorded_draws(golden: GoldenSet, *, predictions: int, batch: int) -> PointD
         candidates=[torch.stack(candidates)],
         uniform=[torch.stack(uniform)],
     )
+
+
+def ordered_by_class(draws: PointDraws, targets: Targets, queries_LT: torch.Tensor) -> PointDraws:
+    """Recorded draws come by matched query inside an image; the criterion wants them by class."""
+    keys = torch.tensor(targets.images_T) * 10**6 + queries_LT
+    ranks_LT = keys.argsort(1).argsort(1)
+    recorded = (draws.candidates[0], draws.uniform[0])
+    candidates, uniform = (
+        torch.stack([drawn[ranks] for drawn, ranks in zip(x, ranks_LT, strict=True)])
+        for x in recorded
+    )
+    return PointDraws(draws.matching, [candidates], [uniform])
 
 
 def clip_trunk(golden: GoldenSet) -> Iterator[Difference]:

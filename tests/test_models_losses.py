@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from models.config import LossConfig
 from models.decoder import Prediction
-from models.losses import SetCriterion, pixel_loss, present_classes
-from models.points import draw_points, sample_label_masks, sample_label_shares, sample_masks
+from models.losses import SetCriterion, pixel_loss
+from models.matching import find_targets
+from models.points import draw_points, sample_label_shares, sample_masks, smallest
 from models.segmenter import SegmenterOutput
 
 K, SIZE = 4, (24, 32)
@@ -60,13 +61,16 @@ def test_label_shares_equal_sampled_binary_masks():
     torch.testing.assert_close(shares, sample_masks(binary_masks(labels), points))
 
 
-def test_label_masks_equal_sampled_binary_masks():
-    labels = some_labels()
-    images, values = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 255, 2, 0])
-    points = torch.rand(4, 50, 2, generator=torch.Generator().manual_seed(1))
-    ours = sample_label_masks(labels, images, values, points)
-    slow = sample_masks((labels[images] == values[:, None, None]).float()[:, None], points)[:, 0]
-    torch.testing.assert_close(ours, slow)
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_smallest_of_each_row_are_found(ties):
+    values = torch.rand(5, 40, generator=torch.Generator().manual_seed(0))
+    if ties:
+        values = (values * 6).round()
+    found = smallest(values, 9)
+    assert found.shape == (5, 9)
+    assert all(len(set(row)) == 9 for row in found.tolist())
+    expected = values.sort(1).values[:, :9]
+    assert torch.equal(values.gather(1, found).sort(1).values, expected)
 
 
 def slow_costs(config, prediction, labels, points, image):
@@ -103,21 +107,20 @@ def slow_costs(config, prediction, labels, points, image):
 def test_matches_are_the_cheapest_of_all_assignments(unlabelled):
     config = LossConfig(points=60, unlabelled=unlabelled)
     criterion, labels, output = SetCriterion(config, K), some_labels(), some_output()
-    present = present_classes(labels, K)
+    targets = find_targets(labels, K)
     draws = draw_points(
         [1, 2, 3],
-        [len(p) for p in present],
-        predictions=3,
+        [len(targets.of_image(image)) for image in range(3)],
         points=60,
         candidates=180,
         uncertain=45,
         device=torch.device("cpu"),
     )
     with torch.no_grad():
-        matches = criterion.match(output.predictions, labels, present, draws)
-        for index, match in enumerate(matches):
+        queries_LT = criterion.match(output.predictions, labels, targets, draws)
+        for index, queries_T in enumerate(queries_LT):
             for image in range(3):
-                points = draws.matching[image][index]
+                points = draws.matching[image][0]
                 classes, costs = slow_costs(
                     config, output.predictions[index], labels, points, image
                 )
@@ -127,8 +130,7 @@ def test_matches_are_the_cheapest_of_all_assignments(unlabelled):
                         costs[q, c].item() for c, q in enumerate(queries)
                     ),
                 )
-                ours = {k: q for i, q, k in zip(*match, strict=True) if i == image}
-                assert ours == dict(zip(classes, cheapest, strict=True))
+                assert queries_T[targets.of_image(image)].tolist() == list(cheapest)
 
 
 def test_losses_depend_on_seeds_and_on_nothing_else():
@@ -148,9 +150,7 @@ def test_the_parts_of_a_batch_add_up_to_the_whole():
         criterion(part_of(output, s), labels[s], seeds=seeds)
         for s, seeds in ((slice(0, 1), [1]), (slice(1, 3), [2, 3]))
     ]
-    counts = [
-        sum(len(p) for p in present_classes(labels[s], K)) for s in (slice(0, 1), slice(1, 3))
-    ]
+    counts = [len(find_targets(labels[s], K).images_T) for s in (slice(0, 1), slice(1, 3))]
     for name in ("loss_mask", "loss_dice_1"):
         mean = sum(c * p[name] for c, p in zip(counts, parts, strict=True)) / sum(counts)
         torch.testing.assert_close(whole[name], mean)
@@ -161,21 +161,22 @@ def test_mask_losses_equal_those_of_whole_binary_masks(unlabelled):
     # with all points uniform and one draw for all, the same points serve the slow version
     config = LossConfig(points=60, importance=0, unlabelled=unlabelled)
     criterion, labels, output = SetCriterion(config, K), some_labels(), some_output(aux=0)
-    present = present_classes(labels, K)
+    targets = find_targets(labels, K)
     draws = draw_points(
         [1, 2, 3],
-        [len(p) for p in present],
-        predictions=1,
+        [len(targets.of_image(image)) for image in range(3)],
         points=60,
         candidates=180,
         uncertain=0,
         device=torch.device("cpu"),
     )
     losses = criterion(output, labels, draws=draws)
-    (match,) = criterion.match(output.predictions, labels, present, draws)
+    (queries_T,) = criterion.match(output.predictions, labels, targets, draws)
     entropies, dices = [], []
     points = torch.cat([d[0] for d in draws.uniform])
-    for (image, query, k), places in zip(zip(*match, strict=True), points, strict=True):
+    for image, query, k, places in zip(
+        targets.images_T, queries_T, targets.classes_T, points, strict=True
+    ):
         logits = sample_masks(output.masks_BQHW[image, query][None, None], places[None])[0, 0]
         whole = binary_masks(labels[image : image + 1])
         target = sample_masks(whole, places[None])[0, k]
@@ -188,6 +189,61 @@ def test_mask_losses_equal_those_of_whole_binary_masks(unlabelled):
         dices.append(1 - (2 * (share * target).sum() + 1) / (union + 1))
     torch.testing.assert_close(losses["loss_mask"], torch.stack(entropies).mean())
     torch.testing.assert_close(losses["loss_dice"], torch.stack(dices).mean())
+
+
+@pytest.mark.parametrize("unlabelled", ["negative", "ignore"])
+def test_uncertain_points_are_those_with_logits_nearest_zero(unlabelled):
+    # one target, one query: the loss must be that of the chosen candidates and uniform points
+    config = LossConfig(points=40, unlabelled=unlabelled)
+    criterion, labels = SetCriterion(config, K), torch.zeros(1, *SIZE, dtype=torch.uint8)
+    labels[0, 5:] = 255
+    masks = torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(2))
+    output = SegmenterOutput(
+        image_size=SIZE,
+        padded_size=SIZE,
+        class_logits_BQK1=torch.zeros(1, 1, K + 1),
+        masks_BQHW=masks,
+    )
+    draws = draw_points(
+        [1], [1], points=40, candidates=120, uncertain=30, device=torch.device("cpu")
+    )
+    candidates, uniform = draws.candidates[0][0, 0], draws.uniform[0][0, 0]
+    nearest = sample_masks(masks, candidates[None])[0, 0].abs().argsort()[:30]
+    points = torch.cat([candidates[nearest], uniform])[None]
+    logits = sample_masks(masks, points)[0, 0]
+    target = sample_masks((labels == 0).float()[None], points)[0, 0]
+    valid = target if unlabelled == "ignore" else torch.ones_like(target)
+    terms = target * F.softplus(-logits) + (valid - target) * F.softplus(logits)
+    losses = criterion(output, labels, draws=draws)
+    torch.testing.assert_close(losses["loss_mask"], terms.sum() / valid.sum())
+
+
+def test_classes_without_a_query_cost_nothing():
+    output, labels = some_output(aux=1), some_labels()
+    few = SegmenterOutput(
+        image_size=SIZE,
+        padded_size=SIZE,
+        class_logits_BQK1=output.class_logits_BQK1[:, :2],
+        masks_BQHW=output.masks_BQHW[:, :2],
+        aux=tuple(Prediction(c[:, :2], m[:, :2]) for c, m in output.aux),
+    )
+    criterion, targets = SetCriterion(LossConfig(points=40), K), find_targets(labels, K)
+    draws = draw_points(
+        [1, 2, 3],
+        [len(targets.of_image(image)) for image in range(3)],
+        points=40,
+        candidates=120,
+        uncertain=30,
+        device=torch.device("cpu"),
+    )
+    queries_LT = criterion.match(few.predictions, labels, targets, draws)
+    for queries_T in queries_LT:
+        for image in range(3):
+            here = queries_T[targets.of_image(image)].tolist()
+            assert sorted(q for q in here if q >= 0) == [0, 1]
+    total = criterion(few, labels, draws=draws)["total"]
+    total.backward()
+    assert total.isfinite()
 
 
 def test_ignored_pixels_do_not_matter_and_negative_ones_do():

@@ -1,0 +1,180 @@
+"""Which query stands for which class of a picture: the cheapest assignment, for all predictions.
+
+All costs are made on the device and copied to the host once. Source: Cheng et al., Mask2Former
+(CVPR 2022), section 3.3.
+"""
+
+# B batch, L predictions, Q queries, K classes, T target masks of the batch (image after image,
+# classes ascending), P points, H W height and width
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch.nn import functional as F
+
+from models.config import LossConfig
+from models.decoder import Prediction
+from models.points import sample_label_shares, sample_masks
+
+IGNORE = 255
+"""The label of unlabelled pixels."""
+
+
+class Targets(NamedTuple):
+    """The target masks of a batch: every class of every picture, in order."""
+
+    images_T: list[int]
+    classes_T: list[int]
+
+    def of_image(self, image: int) -> list[int]:
+        """Places in T of one picture's classes."""
+        return [place for place, other in enumerate(self.images_T) if other == image]
+
+
+def find_targets(labels_BHW: torch.Tensor, classes: int) -> Targets:
+    """The classes of each picture, ascending, without 255; one copy to the host.
+
+    Raises:
+        ValueError: a value that is neither a class nor 255.
+    """
+    found = torch.zeros(len(labels_BHW), 256, dtype=torch.uint8, device=labels_BHW.device)
+    found.scatter_(1, labels_BHW.flatten(1).long(), 1)
+    images, values = (column.tolist() for column in found.cpu().nonzero(as_tuple=True))
+    strange = sorted({v for v in values if classes <= v < IGNORE})
+    if strange:
+        raise ValueError(
+            f"labels hold {strange}, but train ids go from 0 to {classes - 1} (255: unlabelled); "
+            "check the data set's id map"
+        )
+    pairs = [(i, v) for i, v in zip(images, values, strict=True) if v < classes]
+    return Targets([i for i, _ in pairs], [v for _, v in pairs])
+
+
+@torch.no_grad()
+def match(
+    predictions: Sequence[Prediction],
+    labels_BHW: torch.Tensor,
+    targets: Targets,
+    points: Sequence[torch.Tensor],
+    config: LossConfig,
+    *,
+    num_classes: int,
+    ignore_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The query of every target mask, for every prediction, on the host.
+
+    Args:
+        predictions: of the queries.
+        labels_BHW: label maps that cover the same area as the masks.
+        targets: of `find_targets`.
+        points: random points of each picture, [1 or L, P, 2]; one draw may serve all predictions.
+        config: weights of the costs.
+        num_classes: classes K.
+        ignore_B: pictures whose unlabelled pixels are left out; None: no picture's.
+
+    Returns:
+        int64 [L, T]; -1 where there are fewer queries than classes and none was left.
+    """
+    points_DBP2 = torch.stack(list(points), 1)
+    shares_DBKP = [sample_label_shares(labels_BHW, drawn, num_classes) for drawn in points_DBP2]
+    last = len(points_DBP2) - 1
+    costs_LBQK = torch.stack(
+        [
+            matching_costs(
+                prediction,
+                points_DBP2[min(index, last)],
+                shares_DBKP[min(index, last)],
+                config,
+                ignore_B,
+            )
+            for index, prediction in enumerate(predictions)
+        ]
+    )
+    # Non-finite costs match anyhow; the losses then say what is not finite.
+    costs = torch.nan_to_num(costs_LBQK).cpu().numpy()
+    queries_LT = torch.full((len(predictions), len(targets.images_T)), -1)
+    places = [targets.of_image(image) for image in range(len(labels_BHW))]
+    for index, costs_BQK in enumerate(costs):
+        for costs_QK, here in zip(costs_BQK, places, strict=True):
+            columns = [targets.classes_T[place] for place in here]
+            queries, found = linear_sum_assignment(costs_QK[:, columns])
+            queries_LT[index, [here[place] for place in found]] = torch.from_numpy(queries)
+    return queries_LT
+
+
+def matching_costs(
+    prediction: Prediction,
+    points_BP2: torch.Tensor,
+    shares_BKP: torch.Tensor,
+    config: LossConfig,
+    ignore_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Costs of all queries and classes, [B, Q, K].
+
+    Args:
+        prediction: of the queries.
+        points_BP2: where masks are compared.
+        shares_BKP: share of every class at the points, the last one of anything else.
+        config: weights.
+        ignore_B: pictures whose unlabelled pixels are left out.
+    """
+    targets_BPK = shares_BKP[:, :-1].transpose(1, 2)
+    valid_BP1 = None
+    if ignore_B is not None:
+        labelled_BP1 = targets_BPK.sum(2, keepdim=True)
+        valid_BP1 = torch.where(ignore_B[:, None, None], labelled_BP1, 1)
+    sums = point_sums(prediction.masks_BQHW.float(), points_BP2, targets_BPK, valid_BP1)
+    count = points_BP2.shape[1] if valid_BP1 is None else valid_BP1.sum(1, keepdim=True)
+    entropy = sums.entropy_BQK / (count if valid_BP1 is None else count.clamp(min=1e-6))
+    total = sums.covered_BQ1 + targets_BPK.sum(1, keepdim=True)
+    dice = 1 - (2 * sums.overlap_BQK + 1) / (total + 1)
+    classes = -prediction.class_logits_BQK1.float().softmax(-1)[..., :-1]
+    return config.class_weight * classes + config.mask_weight * entropy + config.dice_weight * dice
+
+
+class PointSums(NamedTuple):
+    """Sums over points, of every query and class."""
+
+    entropy_BQK: torch.Tensor
+    """Binary cross-entropy."""
+    overlap_BQK: torch.Tensor
+    """Probability times target."""
+    covered_BQ1: torch.Tensor
+    """Probability."""
+
+
+def point_sums(
+    masks_BQHW: torch.Tensor,
+    points_BP2: torch.Tensor,
+    targets_BPK: torch.Tensor,
+    valid_BP1: torch.Tensor | None,
+) -> PointSums:
+    """Compare every mask with every class at points.
+
+    On a CPU a few masks at a time, so that what is in between stays in its cache.
+    """
+    B, Q = masks_BQHW.shape[:2]
+    if masks_BQHW.device.type == "cpu" and (B > 1 or Q > 25):
+        rows = []
+        for image in range(B):
+            here = slice(image, image + 1)
+            valid = None if valid_BP1 is None else valid_BP1[here]
+            parts = [
+                point_sums(masks, points_BP2[here], targets_BPK[here], valid)
+                for masks in masks_BQHW[here].split(25, dim=1)
+            ]
+            rows.append([torch.cat(column, 1) for column in zip(*parts, strict=True)])
+        return PointSums(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    logits_BQP = sample_masks(masks_BQHW, points_BP2)
+    probabilities_BQP = logits_BQP.sigmoid()
+    # Cross-entropy is softplus(x) - x t: the first part is the same for every class.
+    entropy_BQP = F.softplus(logits_BQP)
+    if valid_BP1 is None:
+        entropy_BQ1 = entropy_BQP.sum(-1, keepdim=True)
+        covered_BQ1 = probabilities_BQP.sum(-1, keepdim=True)
+    else:
+        entropy_BQ1, covered_BQ1 = entropy_BQP @ valid_BP1, probabilities_BQP @ valid_BP1
+    return PointSums(
+        entropy_BQ1 - logits_BQP @ targets_BPK, probabilities_BQP @ targets_BPK, covered_BQ1
+    )

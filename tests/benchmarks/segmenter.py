@@ -1,0 +1,392 @@
+"""The segmenter against transformers' Mask2Former and against the released step, written plainly.
+
+    python tests/benchmarks/segmenter.py [--device cpu|cuda] [--case losses_hf ...] [--json]
+
+Cases `losses`, `train_step` and `inference`, each `_hf` (transformers' pixel decoder, transformer
+module and loss on the same encoder) and `_released` (CLOUDS' step: those modules in float32, losses
+that match prediction by prediction and picture by picture with a round trip to the host, and a
+second trunk pass for the clean view of the generated pictures). Names with `_bf16` run ours in
+bfloat16 autocast against float32; all others run both sides in float32. Both sides run
+alternately in one process after a warm-up; medians, spread, ratio, absolute rates, peak memory.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torch.nn import functional as F
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerLoss,
+    Mask2FormerPixelDecoder,
+    Mask2FormerTransformerModule,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from models.build import build_segmenter
+from models.config import SegmenterConfig
+from models.decoder import Prediction
+from models.inference import predict
+from models.losses import SetCriterion
+from models.segmenter import Segmenter
+
+CLASSES = 19
+GENERATED_SHARE = 0.25
+"""Share of generated pictures in a batch of the joint phase (the released GTA5 recipe: 25-29 %)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on a device."""
+
+    encoder: str
+    crop_px: int
+    batch: int
+    runs: int
+
+
+SETTINGS = {
+    "cpu": Setting(encoder="RN50", crop_px=256, batch=2, runs=5),
+    "cuda": Setting(encoder="convnext_large_d_320", crop_px=768, batch=8, runs=10),
+}
+
+
+class HfHead(nn.Module):
+    """transformers' modules put together as its own model does, for our encoder's features."""
+
+    def __init__(self, channels: tuple[int, ...]):
+        super().__init__()
+        self.config = Mask2FormerConfig(num_labels=CLASSES, decoder_layers=10, encoder_layers=6)
+        self.pixel_decoder = Mask2FormerPixelDecoder(self.config, feature_channels=channels)
+        nn.init.normal_(self.pixel_decoder.level_embed)
+        self.transformer = Mask2FormerTransformerModule(256, self.config)
+        self.class_predictor = nn.Linear(256, CLASSES + 1)
+        weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+        self.weights = weights
+        self.criterion = Mask2FormerLoss(self.config, weights)
+
+    def forward(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(class logits, masks) of all ten predictions."""
+        pixels = self.pixel_decoder(features)
+        out = self.transformer(
+            multi_scale_features=pixels.multi_scale_features,
+            mask_features=pixels.mask_features,
+            output_hidden_states=True,
+        )
+        classes = [self.class_predictor(h.transpose(0, 1)) for h in out.intermediate_hidden_states]
+        return list(zip(classes, out.masks_queries_logits, strict=True))
+
+    def loss(self, predictions: list, labels_BHW: torch.Tensor) -> torch.Tensor:
+        """Its loss, as its own model calls it."""
+        masks, classes = binary_targets(labels_BHW)
+        *earlier, (logits, final) = predictions
+        losses = self.criterion(
+            masks_queries_logits=final,
+            class_queries_logits=logits,
+            mask_labels=masks,
+            class_labels=classes,
+            auxiliary_predictions=[
+                {"masks_queries_logits": m, "class_queries_logits": c} for c, m in earlier
+            ],
+        )
+        return sum(
+            value * next(w for key, w in self.weights.items() if key in name)
+            for name, value in losses.items()
+        )
+
+
+def binary_targets(labels_BHW: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """One float mask per class and picture, and the classes."""
+    classes = [v[v != 255].long() for v in (labels.unique() for labels in labels_BHW)]
+    masks = [
+        (labels == present[:, None, None]).float()
+        for labels, present in zip(labels_BHW, classes, strict=True)
+    ]
+    return masks, classes
+
+
+def sample(masks_NHW: torch.Tensor, points_NP2: torch.Tensor) -> torch.Tensor:
+    """Masks at points."""
+    grid = 2 * points_NP2[:, :, None] - 1
+    return F.grid_sample(masks_NHW[:, None], grid, align_corners=False)[:, 0, :, 0]
+
+
+def released_loss(predictions: list, labels_BHW: torch.Tensor) -> torch.Tensor:
+    """The released criterion, step by step: one matching per prediction and picture."""
+    masks, classes = binary_targets(labels_BHW)
+    total = 0
+    for logits, predicted in predictions:
+        pairs = [
+            released_match(logits[b], predicted[b], masks[b], classes[b]) for b in range(len(masks))
+        ]
+        total = total + released_losses(logits, predicted, masks, classes, pairs)
+    return total
+
+
+@torch.no_grad()
+def released_match(logits, predicted, masks, classes, points=12544):
+    """Pairs of one prediction and one picture, over the host."""
+    probability = logits.softmax(-1)
+    places = torch.rand(1, points, 2, device=logits.device)
+    guess = sample(predicted, places.expand(len(predicted), -1, -1)).float()
+    truth = sample(masks, places.expand(len(masks), -1, -1)).float()
+    positive = F.binary_cross_entropy_with_logits(guess, torch.ones_like(guess), reduction="none")
+    negative = F.binary_cross_entropy_with_logits(guess, torch.zeros_like(guess), reduction="none")
+    entropy = (positive @ truth.T + negative @ (1 - truth).T) / points
+    share = guess.sigmoid()
+    dice = 1 - (2 * share @ truth.T + 1) / (share.sum(-1)[:, None] + truth.sum(-1) + 1)
+    cost = 5 * entropy - 2 * probability[:, classes] + 5 * dice
+    return linear_sum_assignment(cost.cpu())
+
+
+def released_losses(logits, predicted, masks, classes, pairs, points=12544):
+    """Class, mask and dice losses of one prediction."""
+    targets = torch.full(logits.shape[:2], CLASSES, device=logits.device)
+    for b, (queries, columns) in enumerate(pairs):
+        targets[b, queries] = classes[b][columns]
+    weight = torch.ones(CLASSES + 1, device=logits.device)
+    weight[-1] = 0.1
+    loss_ce = F.cross_entropy(logits.transpose(1, 2), targets, weight)
+    guess = torch.cat([predicted[b, q] for b, (q, _) in enumerate(pairs)])
+    truth = torch.cat([masks[b][c] for b, (_, c) in enumerate(pairs)])
+    count = len(guess)
+    with torch.no_grad():
+        candidates = torch.rand(count, 3 * points, 2, device=logits.device)
+        uncertainty = -sample(guess, candidates).abs()
+        uncertain = int(0.75 * points)
+        kept = uncertainty.topk(uncertain, dim=1).indices
+        chosen = torch.gather(candidates, 1, kept[..., None].expand(-1, -1, 2))
+        uniform = torch.rand(count, points - uncertain, 2, device=logits.device)
+        places = torch.cat([chosen, uniform], 1)
+        truth_at = sample(truth, places)
+    guess_at = sample(guess, places)
+    entropy = F.binary_cross_entropy_with_logits(guess_at, truth_at, reduction="none")
+    share = guess_at.sigmoid()
+    dice = 1 - (2 * (share * truth_at).sum(-1) + 1) / (share.sum(-1) + truth_at.sum(-1) + 1)
+    return 2 * loss_ce + 5 * entropy.mean(1).sum() / count + 5 * dice.sum() / count
+
+
+class Bench:
+    """Both sides on one device, with the same encoder and the same batch."""
+
+    def __init__(self, device: str, setting: Setting):
+        self.device, self.setting = device, setting
+        config = SegmenterConfig.model_validate({"encoder": {"name": setting.encoder}})
+        names = [str(k) for k in range(CLASSES)]
+        self.segmenter: Segmenter = build_segmenter(config, class_names=names, device=device)
+        torch.manual_seed(0)
+        self.hf = HfHead(self.segmenter.encoder.channels).to(device)
+        if device == "cuda":
+            self.segmenter.encoder.to(memory_format=torch.channels_last)
+        self.criterion = SetCriterion(config.losses, CLASSES)
+        side, batch = setting.crop_px, setting.batch
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, 3, side, side)
+        self.images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        coarse = torch.randint(0, CLASSES, (batch, 4, 4), generator=generator, dtype=torch.uint8)
+        self.labels = coarse.repeat_interleave(side // 4, 1).repeat_interleave(side // 4, 2)
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.optimizers = {
+            "ours": torch.optim.AdamW(self.segmenter.parameter_groups(1e-4, 0.05)),
+            "theirs": torch.optim.AdamW(self.hf.parameters(), lr=1e-4, weight_decay=0.05),
+        }
+
+    def autocast(self, bf16: bool):
+        """bfloat16 autocast, or nothing."""
+        return torch.autocast(self.device, torch.bfloat16) if bf16 else nullcontext()
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The frozen trunk's maps."""
+        padded, _ = self.segmenter.prepare(images)
+        with torch.no_grad():
+            return self.segmenter.encoder(padded)
+
+    def ours_step(self, bf16: bool = False) -> None:
+        """One training step of ours."""
+        self.segmenter.train()
+        with self.autocast(bf16):
+            output = self.segmenter(self.images)
+        seeds = range(len(self.images))
+        self.criterion(output, self.labels, seeds=seeds)["total"].backward()
+        self.update("ours", self.segmenter)
+
+    def their_step(self, loss: Callable, clean: bool, bf16: bool = False) -> None:
+        """One training step on transformers' modules; `clean`: the second trunk pass."""
+        self.hf.train()
+        with self.autocast(bf16):
+            features = self.features(self.images)
+            if clean:
+                self.features(self.images[: max(1, round(GENERATED_SHARE * len(self.images)))])
+            predictions = self.hf(features)
+        predictions = [(c.float(), m.float()) for c, m in predictions]
+        loss(predictions, self.labels).backward()
+        self.update("theirs", self.hf)
+
+    def update(self, side: str, module: nn.Module) -> None:
+        """Clip and step."""
+        nn.utils.clip_grad_norm_(module.parameters(), 0.01)
+        self.optimizers[side].step()
+        self.optimizers[side].zero_grad()
+
+    def losses(self) -> Iterator[tuple[str, Callable, Callable]]:
+        """Losses alone, with their backward pass, on fixed predictions."""
+        self.segmenter.train()
+        with torch.no_grad():
+            output = self.segmenter(self.images)
+        leaves = [Prediction(*(x.float().requires_grad_() for x in p)) for p in output.predictions]
+        fields = vars(output) | {
+            "class_logits_BQK1": leaves[0][0],
+            "masks_BQHW": leaves[0][1],
+            "aux": tuple(leaves[1:]),
+        }
+        given = type(output)(**fields)
+        theirs = [*leaves[1:], leaves[0]]
+
+        def ours() -> None:
+            seeds = range(len(self.images))
+            total = self.criterion(given, self.labels, seeds=seeds)["total"]
+            clear(leaves, total)
+
+        yield "losses_hf", ours, lambda: clear(leaves, self.hf.loss(theirs, self.labels))
+        yield "losses_released", ours, lambda: clear(leaves, released_loss(theirs, self.labels))
+
+    def steps(self) -> Iterator[tuple[str, Callable, Callable]]:
+        """Whole training steps."""
+        hf, released = self.hf.loss, released_loss
+        yield "train_step_hf", self.ours_step, lambda: self.their_step(hf, False)
+        yield "train_step_released", self.ours_step, lambda: self.their_step(released, True)
+        if self.device == "cuda":
+            ours = lambda: self.ours_step(True)  # noqa: E731
+            # transformers in the same dtype, the released step in its own float32
+            yield "train_step_hf_same_bf16", ours, lambda: self.their_step(hf, False, True)
+            yield "train_step_released_bf16", ours, lambda: self.their_step(released, True)
+
+    def inference(self) -> Iterator[tuple[str, Callable, Callable]]:
+        """Label maps of a batch."""
+        size = tuple(self.images.shape[-2:])
+
+        def ours(bf16: bool = False) -> torch.Tensor:
+            return predict(self.segmenter.eval(), self.images, bf16=bf16).argmax(1)
+
+        def scores(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+            classes = logits.softmax(-1)[..., :-1]
+            return torch.einsum("bqc,bqhw->bchw", classes, masks.sigmoid())
+
+        @torch.inference_mode()
+        def hf() -> torch.Tensor:
+            # as its image processor does: summed at mask size, then resized picture by picture
+            logits, masks = self.hf.eval()(self.features(self.images))[-1]
+            maps = scores(logits, masks)
+            resized = [F.interpolate(m[None], size=size, mode="bilinear") for m in maps]
+            return torch.cat([m.argmax(1) for m in resized])
+
+        @torch.inference_mode()
+        def released() -> torch.Tensor:
+            # one picture at a time, all masks at full size
+            found = []
+            for image in self.images:
+                logits, masks = self.hf.eval()(self.features(image[None]))[-1]
+                masks = F.interpolate(masks, size=size, mode="bilinear")
+                found.append(scores(logits, masks).argmax(1))
+            return torch.cat(found)
+
+        yield "inference_hf", ours, hf
+        yield "inference_released", ours, released
+        if self.device == "cuda":
+            yield "inference_released_bf16", lambda: ours(True), released
+
+    def cases(self) -> Iterator[tuple[str, Callable, Callable]]:
+        """All cases: name, ours, theirs."""
+        yield from self.losses()
+        yield from self.steps()
+        yield from self.inference()
+
+
+def clear(leaves: list, total: torch.Tensor) -> None:
+    """Backward pass, then forget the gradients."""
+    total.backward()
+    for pair in leaves:
+        for leaf in pair:
+            leaf.grad = None
+
+
+def seconds(function: Callable, device: str) -> float:
+    """Wall time of one call, device work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_gib(function: Callable, device: str) -> float | None:
+    """Peak device memory of one call; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def measure(name: str, ours: Callable, theirs: Callable, device: str, setting: Setting) -> dict:
+    """Both sides alternately, after one warm-up each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(setting.runs + 1):
+        for function, kept in zip((ours, theirs), times, strict=True):
+            elapsed_s = seconds(function, device)
+            if number:
+                kept.append(elapsed_s)
+    mine, other = (statistics.median(kept) for kept in times)
+    return {
+        "name": name,
+        "ours": round(mine, 4),
+        "theirs": round(other, 4),
+        "unit": "s",
+        "ratio": round(other / mine, 3),
+        "spread_ours": [round(min(times[0]), 4), round(max(times[0]), 4)],
+        "spread_theirs": [round(min(times[1]), 4), round(max(times[1]), 4)],
+        "pictures_per_s": round(setting.batch / mine, 2),
+        "peak_gib": [peak_gib(f, device) for f in (ours, theirs)],
+    }
+
+
+def main() -> None:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=list(SETTINGS))
+    parser.add_argument("--case", nargs="*", default=[], help="only names that begin so")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    setting = SETTINGS[arguments.device]
+    bench = Bench(arguments.device, setting)
+    rows = []
+    for name, ours, theirs in bench.cases():
+        if arguments.case and not name.startswith(tuple(arguments.case)):
+            continue
+        rows.append(measure(name, ours, theirs, arguments.device, setting))
+        if not arguments.json:
+            row = rows[-1]
+            print(
+                f"{name:<26} ours {row['ours']:.3f} s {row['spread_ours']}  theirs "
+                f"{row['theirs']:.3f} s {row['spread_theirs']}  ratio {row['ratio']:.2f}  "
+                f"{row['pictures_per_s']} pictures/s  peak {row['peak_gib']}",
+                flush=True,
+            )
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
