@@ -149,6 +149,8 @@ def _explain(item: Mapping[str, Any], model: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         return f"unknown key {dotted!r}{nearest(str(location[-1]), known)}"
+    if item["type"] == "value_error":
+        return f"{dotted}: {item['ctx']['error']}."
     message = item["msg"][0].lower() + item["msg"][1:]
     return f"{dotted} = {item.get('input')!r}: {message}."
 

@@ -6,9 +6,9 @@ key.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.config import SegmenterConfig
 
@@ -353,6 +353,17 @@ class SelfTrainConfig(Section):
     """Steps between lines of `logs/metrics.jsonl`."""
     data_workers: Annotated[int, NOT_IN_KEY] = Field(0, ge=0)
     """Processes that read and augment batches ahead; 0: in the training process."""
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> Self:
+        own, painted = self.augment, self.painted_augment
+        sizes = [(own.crop_height, own.crop_width), (painted.crop_height, painted.crop_width)]
+        if self.labels != "none" and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"self_train.augment crops {sizes[0]} and self_train.painted_augment {sizes[1]} "
+                f"(height, width): one batch has one size, so set them equal"
+            )
+        return self
 
 
 class EvaluateConfig(Section):
