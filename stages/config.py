@@ -199,6 +199,9 @@ class WritePromptsConfig(Section):
     """Times a refused prompt is asked for again before the bank fills the gap."""
     min_valid_share: float = Field(0.0, ge=0, le=1)
     """Stop with an error when fewer of the replies are valid."""
+    aim: float = Field(0.0, ge=0, le=1)
+    """With fresh pictures per round: how far the classes asked for follow what the teacher saw
+    little, or unsurely, in the pictures of the round before (1) rather than the sources (0)."""
 
 
 class SynthesizeConfig(Section):

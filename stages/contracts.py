@@ -164,6 +164,10 @@ def _trains(recipe: Any, _round: int) -> bool:
     return bool(recipe.data.sources)
 
 
+def _aims(recipe: Any, round_: int) -> bool:
+    return recipe.rounds.fresh_pictures and recipe.write_prompts.aim > 0 and round_ > 1
+
+
 def _in_rounds(recipe: Any) -> bool:
     return recipe.rounds.count > 0
 
@@ -244,7 +248,11 @@ CONTRACTS: tuple[Contract, ...] = (
         verb="stages.write_prompts",
         does="Have a language model write scene descriptions.",
         sections=("write_prompts",),
-        needs=(_LABELSPACE, Need(role="sources", stage="prepare", part="sources", when=_trains)),
+        needs=(
+            _LABELSPACE,
+            Need(role="sources", stage="prepare", part="sources", when=_trains),
+            Need(role="labelled", stage="pseudo_label", round_offset=-1, when=_aims),
+        ),
         rounds=_fresh_pictures,
         numeric=True,
         weights=("write_prompts.model",),

@@ -57,6 +57,7 @@ def run(
     progress: Progress,
     labelspace: Path,
     sources: Path | None = None,
+    labelled: Path | None = None,
 ) -> Summary:
     """Write `prompts.jsonl` and `statistics.json`.
 
@@ -67,6 +68,7 @@ def run(
         labelspace: part of `prepare` with the classes to ask for.
         sources: part of `prepare` whose class statistics say which classes are rare; None: all
             classes are asked for equally often.
+        labelled: artifact of the round before's `pseudo_label`, where the plan takes aim.
 
     Raises:
         ConnectionError: the server does not answer; what it wrote so far is kept for a restart.
@@ -75,7 +77,7 @@ def run(
     """
     section = config.write_prompts
     space = read_labelspace(labelspace)
-    weights = class_weights(space.names, _source_pixels(sources, space))
+    weights = _class_weights(section, space, sources=sources, labelled=labelled)
     seed = item_seed(config.seed, "write_prompts", config.round or 0)
     plan = make_plan(load_attributes(), weights, count=section.num_prompts, seed=seed)
     _check_bank(section)
@@ -113,6 +115,28 @@ def run(
     write_json(out / "statistics.json", statistics)
     shutil.rmtree(out / "state", ignore_errors=True)
     return _summary(rows, tally, num_written)
+
+
+def _class_weights(
+    section: WritePromptsConfig, space: LabelSpace, *, sources: Path | None, labelled: Path | None
+) -> dict[str, float]:
+    """How much more often each class is asked for: what is rare in the sources, and by
+    `write_prompts.aim` what was rare or uncertain in the pictures of the round before."""
+    weights = class_weights(space.names, _source_pixels(sources, space))
+    if labelled is None:
+        return weights
+    aimed = class_weights(space.names, _sure_pixels(labelled, space))
+    share = section.aim
+    return {name: (1 - share) * weights[name] + share * aimed[name] for name in space.names}
+
+
+def _sure_pixels(labelled: Path, space: LabelSpace) -> dict[str, int]:
+    """Pixels of each class in the round before, each counted by its confidence."""
+    statistics = json.loads((labelled / "statistics.json").read_text(encoding="utf-8"))
+    return {
+        space.names[int(train_id)]: round(entry["pixels"] * entry["mean_confidence"])
+        for train_id, entry in statistics["classes"].items()
+    }
 
 
 def _source_pixels(sources: Path | None, space: LabelSpace) -> dict[str, int] | None:

@@ -30,7 +30,9 @@ def config(seed: int = 0, round_: int = 0, **section):
     return stage_config(recipe, "write_prompts", round=round_)
 
 
-def written(out, labelspace, *, sources=None, told=None, seed=0, round_=0, **section):
+def written(
+    out, labelspace, *, sources=None, labelled=None, told=None, seed=0, round_=0, **section
+):
     out.mkdir(exist_ok=True)
     summary = write_prompts.run(
         config(seed, round_, **section),
@@ -38,6 +40,7 @@ def written(out, labelspace, *, sources=None, told=None, seed=0, round_=0, **sec
         progress=told or Told(),
         labelspace=labelspace,
         sources=sources,
+        labelled=labelled,
     )
     statistics = json.loads((out / "statistics.json").read_text())
     return read_jsonl(out / "prompts.jsonl"), statistics, summary
@@ -175,6 +178,22 @@ def test_classes_rare_in_the_sources_are_asked_for_more_often(tmp_path, labelspa
     assert entries["rider"]["weight"] == 3.0
     assert entries["car"]["weight"] == 1.0
     assert entries["rider"]["asked"] >= 2 * entries["car"]["asked"]
+
+
+@pytest.mark.parametrize(("aim", "rider", "pole"), [(0.0, 1, 1), (0.5, 2, 1.5), (1.0, 3, 2)])
+def test_the_plan_aims_at_what_was_rare_or_uncertain_in_the_round_before(
+    tmp_path, labelspace, aim, rider, pole
+):
+    labelled = tmp_path / "labelled"
+    labelled.mkdir()
+    classes = {str(k): {"pixels": 4000, "mean_confidence": 0.5} for k in range(19) if k != 12}
+    classes["5"] = {"pixels": 1000, "mean_confidence": 0.5}
+    (labelled / "statistics.json").write_text(json.dumps({"classes": classes}))
+    _, statistics, _ = written(
+        tmp_path / "out", labelspace, labelled=labelled, num_prompts=10, aim=aim
+    )
+    weights = {name: entry["weight"] for name, entry in statistics["classes"].items()}
+    assert (weights["rider"], weights["pole"], weights["car"]) == (rider, pole, 1)
 
 
 def test_missing_weights_stop_the_stage_before_any_work(tmp_path, labelspace):
