@@ -45,9 +45,12 @@ class PixelDecoderLayer(nn.Module):
         positions_SC: torch.Tensor,
         centres_S2: torch.Tensor,
         shapes: Sequence[tuple[int, int]],
+        pixel_steps_L2: torch.Tensor,
     ) -> torch.Tensor:
         """One layer; same shape out as `source_BSC` in."""
-        attended = self.attention(source_BSC + positions_SC, centres_S2, source_BSC, shapes)
+        attended = self.attention(
+            source_BSC + positions_SC, centres_S2, source_BSC, shapes, pixel_steps_L2
+        )
         source_BSC = self.norm1(source_BSC + attended)
         widened = F.relu(self.linear1(source_BSC), inplace=True)
         return self.norm2(source_BSC + self.linear2(widened))
@@ -121,10 +124,12 @@ class PixelDecoder(nn.Module):
         positions_SC = torch.cat([s + e for s, e in zip(sines, self.level_embed, strict=True)])
         centres_S2 = torch.cat([cell_centres(h, w, device=device) for h, w in shapes])
 
+        pixel_steps_L2 = torch.tensor([[1 / w, 1 / h] for h, w in shapes], device=device)
+
         # 3. The levels talk.
         source_BSC = source_BSC.contiguous()
         for layer in self.layers:
-            source_BSC = layer(source_BSC, positions_SC, centres_S2, shapes)
+            source_BSC = layer(source_BSC, positions_SC, centres_S2, shapes, pixel_steps_L2)
         levels = tuple(
             part.transpose(1, 2).unflatten(2, shape)
             for part, shape in zip(source_BSC.split(sizes, dim=1), shapes, strict=True)
