@@ -173,8 +173,6 @@ def _end_group(child: subprocess.Popen) -> None:
             sleep(0.02)
     _signal_group(child, signal.SIGKILL)
     child.wait()
-    for stream in (child.stdout, child.stderr):
-        stream.close()
 
 
 def _signal_group(child: subprocess.Popen, number: signal.Signals) -> None:
@@ -201,7 +199,7 @@ class _Watch:
             threading.Thread(target=self._read, args=(name, stream), daemon=True).start()
 
     def _read(self, name: str, stream: IO[bytes]) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed while ending the group
+        with stream:
             for line in stream:
                 self.lines.put((name, line.decode("utf-8", errors="replace").rstrip()))
         self.lines.put((name, None))
@@ -209,6 +207,7 @@ class _Watch:
     def until_done(self, timeout_s: float | None) -> Summary:
         deadline = None if timeout_s is None else monotonic() + timeout_s
         summary: Summary | None = None
+        left_open_since: float | None = None
         while self.open_streams:
             if deadline is not None and monotonic() > deadline:
                 break
@@ -217,6 +216,9 @@ class _Watch:
             except queue.Empty:
                 if _has_exited(self.child):  # its own children may still hold the pipes
                     _signal_group(self.child, signal.SIGKILL)
+                    left_open_since = left_open_since or monotonic()
+                    if monotonic() - left_open_since > GRACE_S:  # by one that left the group
+                        self.open_streams.clear()
                 continue
             if line is None:
                 self.open_streams.discard(name)

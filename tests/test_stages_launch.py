@@ -41,12 +41,18 @@ VERBS = {
             print("last words", flush=True)
             os.kill(os.getpid(), signal.SIGSEGV)
     """,
+    "forgets": """
+        def run(config, *, out, progress):
+            child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+            (out / "pids").write_text(str(child.pid))
+            os._exit(3)
+    """,
     "hangs": """
         def run(config, *, out, progress):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its child inherits this
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             (out / "pids.tmp").write_text(f"{os.getpid()} {child.pid}")
             (out / "pids.tmp").rename(out / "pids")
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             progress.note("hanging")
             while True:
                 time.sleep(0.1)
@@ -131,6 +137,17 @@ def test_errors_travel_back(spec_of, tmp_path, raised, arrives, message):
 def test_death_of_a_child_is_told_with_its_last_words(spec_of):
     with pytest.raises(StageFailed, match=r"(?s)dies: .*signal SIGSEGV.*last words"):
         run_child(spec_of("dies"), Told())
+
+
+def test_process_that_left_the_group_does_not_hold_up_its_parent(spec_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.launch.GRACE_S", 0.3)
+    started = monotonic()
+    try:
+        with pytest.raises(StageFailed, match="exit code 3"):
+            run_child(spec_of("forgets"), Told())
+        assert monotonic() - started < 30
+    finally:
+        os.kill(int((tmp_path / "out" / "pids").read_text()), signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:
