@@ -1,7 +1,7 @@
 """Segment Anything behind one face: pictures and prompts in, masks and their scores out.
 
     refiner = build_refiner("vit_h", "sam_vit_h_4b8939.pth")
-    best = refiner.masks(pictures, prompts, best_only=True)
+    best = refiner.masks(pictures, prompts, candidates="best")
 
 The encoder runs on batches, the decoder on a bounded number of prompts at a time, always in eval
 mode. Pictures are resized to SAM's longest side and padded as `SamPredictor` does it.
@@ -13,12 +13,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from segment_anything import sam_model_registry
+from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
@@ -127,7 +128,7 @@ class Refiner(nn.Module):
         images: Sequence[np.ndarray],
         prompts: Sequence[Prompts],
         *,
-        best_only: bool = False,
+        candidates: Literal["all", "best", "single"] = "all",
         prompt_batch: int = 64,
         bf16: bool = False,
     ) -> list[Masks]:
@@ -136,8 +137,8 @@ class Refiner(nn.Module):
         Args:
             images: uint8 RGB [H, W, 3], of any sizes; encoded as one batch.
             prompts: one `Prompts` per picture; a picture with none is not encoded.
-            best_only: only the candidate with the highest predicted IoU (C = 1) instead of all
-                three; the others are not even resized.
+            candidates: all three masks of a prompt; the best by predicted IoU (C = 1; the others
+                are not even resized); or the single one that SAM gives for clear prompts (C = 1).
             prompt_batch: prompts per decoder call.
             bf16: run in bfloat16 autocast; mask logits are resized in float32.
         """
@@ -145,16 +146,66 @@ class Refiner(nn.Module):
         context = torch.autocast(self.sam.device.type, torch.bfloat16) if bf16 else nullcontext()
         with context:
             embeddings = self._encode([images[number] for number in asked]) if asked else []
-        found = [self._nothing(image.shape[:2], 1 if best_only else 3) for image in images]
+        found = [
+            self._nothing(image.shape[:2], 3 if candidates == "all" else 1) for image in images
+        ]
         for number, embedding in zip(asked, embeddings, strict=True):
             size = images[number].shape[:2]
             parts = []
             for part in _split(prompts[number], prompt_batch):
                 with context:
-                    logits, iou = self._decode(embedding, part, size)
+                    logits, iou = self._decode(
+                        embedding, part, size, multimask=candidates != "single"
+                    )
+                best_only = candidates == "best"
                 parts.append(self._finish(logits.float(), iou.float(), size, best_only))
             found[number] = _joined(parts)
         return found
+
+    @torch.inference_mode()
+    def everything(
+        self,
+        image: np.ndarray,
+        *,
+        points_per_side: int = 32,
+        min_iou: float = 0.86,
+        min_stability: float = 0.92,
+        crop_layers: int = 1,
+        min_area_px: int = 100,
+        prompt_batch: int = 64,
+        bf16: bool = False,
+    ) -> np.ndarray:
+        """Masks of everything SAM finds in a picture, bool [M, H, W], from large to small.
+
+        segment_anything's automatic generator; the defaults are SAM4UDASS's settings (but that
+        masks below `min_area_px` are dropped whole instead of having their specks removed).
+
+        Args:
+            image: uint8 RGB [H, W, 3].
+            points_per_side: grid of point prompts.
+            min_iou: predicted IoU that a mask must have.
+            min_stability: stability under another threshold that a mask must have.
+            crop_layers: layers of crops that are looked at enlarged.
+            min_area_px: smallest mask.
+            prompt_batch: prompts per decoder call.
+            bf16: run in bfloat16 autocast.
+        """
+        generator = SamAutomaticMaskGenerator(
+            self.sam,
+            points_per_side=points_per_side,
+            points_per_batch=prompt_batch,
+            pred_iou_thresh=min_iou,
+            stability_score_thresh=min_stability,
+            crop_n_layers=crop_layers,
+            crop_n_points_downscale_factor=2,
+        )
+        context = torch.autocast(self.sam.device.type, torch.bfloat16) if bf16 else nullcontext()
+        with context:
+            found = generator.generate(image)
+        kept = [entry for entry in found if entry["area"] >= min_area_px]
+        kept.sort(key=lambda entry: (-entry["area"], *entry["bbox"], *entry["point_coords"][0]))
+        masks = [entry["segmentation"] for entry in kept]
+        return np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
 
     def _encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         resize = ResizeLongestSide(self.image_size)
@@ -165,7 +216,12 @@ class Refiner(nn.Module):
         return self.sam.image_encoder(torch.stack([self.sam.preprocess(each) for each in inputs]))
 
     def _decode(
-        self, embedding_CHW: torch.Tensor, prompts: Prompts, size: tuple[int, int]
+        self,
+        embedding_CHW: torch.Tensor,
+        prompts: Prompts,
+        size: tuple[int, int],
+        *,
+        multimask: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.sam.device
         points = scale_points(prompts.points_PN2, size, longest_px=self.image_size)
@@ -187,7 +243,7 @@ class Refiner(nn.Module):
             image_pe=self.sam.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=True,
+            multimask_output=multimask,
         )
 
     def _mask_logits(

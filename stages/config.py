@@ -286,9 +286,10 @@ class SelectConfig(Section):
 class RefineConfig(Section):
     """Sharpen pseudo-labels with SAM."""
 
-    rule: Literal["released", "agreement"] = "released"
+    rule: Literal["released", "agreement", "majority", "guided", "stuff_things"] = "released"
     """released: as CLOUDS published it, masks replace components; agreement: masks are used where
-    SAM and the teacher agree, small things stay, unsure pixels are left out."""
+    SAM and the teacher agree, small things stay, unsure pixels are left out; majority (SSA), guided
+    (SAM4UDASS), stuff_things (SeCo): automatic masks, labelled by the teacher's labels in them."""
     model: str = "vit_h"
     """SAM variant (vit_b, vit_l, vit_h), "config" to read the sizes beside the weights, or "tiny":
     the miniature's sizes (with weights null: random, for tests)."""
@@ -314,6 +315,20 @@ class RefineConfig(Section):
     """agreement: mean confidence from which on a component without a usable mask stays."""
     sure: float = Field(0.9, ge=0, le=1)
     """agreement: confidence from which on a pixel that no shape covers keeps its label."""
+    auto_points: int = Field(32, gt=0)
+    """Automatic masks: point prompts along each side."""
+    auto_min_iou: float = Field(0.86, ge=0, le=1)
+    """Automatic masks: predicted IoU that a mask must have."""
+    auto_min_stability: float = Field(0.92, ge=0, le=1)
+    """Automatic masks: stability that a mask must have."""
+    auto_min_area: int = Field(100, ge=0)
+    """Automatic masks: smallest mask in pixels."""
+    auto_crop_layers: int = Field(1, ge=0)
+    """Automatic masks: layers of crops that are looked at enlarged."""
+    fusion: Literal[1, 2, 3] = 3
+    """guided: which of SAM4UDASS's fusions of mask labels and teacher's labels."""
+    fusion_sure: float = Field(0.99, ge=0, le=1)
+    """guided: confidence from which on the teacher overrules certain mask labels."""
     batch_size: int = Field(1, gt=0)
     """Pictures per encoder pass."""
     prompt_batch: int = Field(64, gt=0)

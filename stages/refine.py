@@ -1,12 +1,14 @@
-"""Sharpen pseudo-labels with SAM, by the released rule of CLOUDS or by agreement.
+"""Sharpen pseudo-labels with SAM, by the released rule of CLOUDS or another.
 
     clouds --stage refine --set refine.min_area=200
 
 Every large component of a label map prompts SAM with a few random points of its own. Under rule
 `released` the best mask replaces it, and what no mask covers becomes 255 (`models/masks.py`); under
-rule `agreement` a mask counts where it agrees with the teacher (`models/refine_rules.py`).
+rule `agreement` a mask counts where it agrees with the teacher (`models/refine_rules.py`). The
+rules of other papers label SAM's automatic masks (`models/published_rules.py`).
 """
 
+import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,21 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models.masks import (
-    Component,
-    classes_of,
-    draw_indices,
-    find_components,
-    pick_points,
-    refined_label_map,
-)
-from models.refine_rules import Agreement, agreement_rule, prompted_components
-from models.refiner import Masks, Prompts, Refiner, build_refiner, point_prompts
+from models.masks import classes_of
+from models.refiner import build_refiner
 from stages.config import RefineConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device
-from stages.labels import IGNORE
+from stages.labels import IGNORE, load_labelspace
 from stages.readers import read_image, read_label
+from stages.refinement import CITYSCAPES_ONLY, NEEDS_CONFIDENCE, Outcome, Refinement, Subject
 from stages.shards import Row, item_seed, read_index, read_jsonl, write_json, write_shards
 
 
@@ -69,15 +64,16 @@ def run(
     """
     section = config.refine
     jobs = pair(pictures, labels, selection)
+    _check_classes(section, labels)
     device = choose_device(config)
     refiner = build_refiner(section.model, section.weights, device=device.device, seed=config.seed)
-    bench = _Bench(
+    refinement = Refinement(
         refiner=refiner,
         section=section,
         seed=item_seed(config.seed, "refine"),
         bf16=config.precision == "bf16",
-        progress=progress,
     )
+    bench = _Bench(refinement=refinement, section=section, progress=progress)
     num_shards = write_shards(
         out,
         jobs,
@@ -90,6 +86,19 @@ def run(
     write_json(out / "statistics.json", statistics)
     shutil.copyfile(labels / "checkpoint.json", out / "checkpoint.json")
     return _summary(statistics, num_shards)
+
+
+def _check_classes(section: RefineConfig, labels: Path) -> None:
+    """Refuse a rule made for Cityscapes' classes where the labels have others."""
+    if section.rule not in CITYSCAPES_ONLY:
+        return
+    card = json.loads((labels / "checkpoint.json").read_text(encoding="utf-8"))
+    names = tuple(card.get("class_names", ()))
+    if names != load_labelspace("cityscapes19").names:
+        raise ValueError(
+            f"refine.rule={section.rule} is defined for Cityscapes' 19 classes; these labels have "
+            f"{len(names)}: {', '.join(names)}. Use released, agreement or majority."
+        )
 
 
 def pair(pictures: Path, labels: Path, selection: Path) -> list[Job]:
@@ -128,121 +137,34 @@ def _job(picture: Row, label: Row) -> Job:
 class _Bench:
     """Refines the pictures of one shard after the other."""
 
-    refiner: Refiner
+    refinement: Refinement
     section: RefineConfig
-    seed: int
-    bf16: bool
     progress: Progress
 
     def refine_shard(self, jobs: Sequence[Job], folder: Path) -> list[Row]:
         rows = []
         size = self.section.batch_size
         for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
-            rows += self._refine(batch, folder)
-            self.progress.advance(len(batch))
+            subjects = [self._read(job) for job in jobs[start : start + size]]
+            for subject, outcome in zip(subjects, self.refinement.refine(subjects), strict=True):
+                name = f"{subject.id.replace('/', '+')}.label.png"
+                Image.fromarray(outcome.label_HW).save(folder / name)
+                counts = count_changes(subject.label_HW, outcome)
+                rows.append({"id": subject.id, "label": name, "counts": counts})
+            self.progress.advance(len(subjects))
         return rows
 
-    def _refine(self, batch: Sequence[Job], folder: Path) -> list[Row]:
-        images = [read_image(job.picture) for job in batch]
-        befores = [
-            _read_map(job, job.label, image) for job, image in zip(batch, images, strict=True)
-        ]
-        components = [self._components(before) for before in befores]
-        prompts = [self._prompts(*each) for each in zip(batch, befores, components, strict=True)]
-        found = self.refiner.masks(
-            images,
-            prompts,
-            best_only=self.section.rule == "released",
-            prompt_batch=self.section.prompt_batch,
-            bf16=self.bf16,
+    def _read(self, job: Job) -> Subject:
+        image = read_image(job.picture)
+        confidence_HW = None
+        if self.section.rule in NEEDS_CONFIDENCE:
+            confidence_HW = _read_map(job, job.confidence, image).astype(np.float32) / 255
+        return Subject(
+            id=job.id,
+            image=image,
+            label_HW=_read_map(job, job.label, image),
+            confidence_HW=confidence_HW,
         )
-        rows = []
-        for job, image, before, own, masks in zip(
-            batch, images, befores, components, found, strict=True
-        ):
-            after, extra = self._rule(job, image, before, own, masks)
-            name = f"{job.id.replace('/', '+')}.label.png"
-            Image.fromarray(after).save(folder / name)
-            iou = masks.iou_PC.amax(1).tolist() if own else []
-            counts = count_changes(before, after, own, iou) | extra
-            rows.append({"id": job.id, "label": name, "counts": counts})
-        return rows
-
-    def _components(self, label_HW: np.ndarray) -> list[Component]:
-        section = self.section
-        if section.rule == "released":
-            return find_components(label_HW, min_area_px=section.min_area, void=(IGNORE,))
-        return prompted_components(
-            label_HW,
-            min_area_px=section.min_area,
-            floor_px=section.floor_area,
-            class_share=section.class_share,
-            void=(IGNORE,),
-        )
-
-    def _rule(
-        self,
-        job: Job,
-        image: np.ndarray,
-        before_HW: np.ndarray,
-        components: Sequence[Component],
-        masks: Masks,
-    ) -> tuple[np.ndarray, Row]:
-        """The refined label map, and what else the rule counts."""
-        section = self.section
-        if section.rule == "released":
-            return refined_label_map(before_HW, components, masks.masks_PCHW[:, 0], void=IGNORE), {}
-        ruling = agreement_rule(
-            before_HW,
-            _read_map(job, job.confidence, image).astype(np.float32) / 255,
-            components,
-            masks.masks_PCHW,
-            masks.iou_PC,
-            settings=Agreement(
-                min_iou=section.min_iou,
-                min_agreement=section.min_agreement,
-                trust=section.trust,
-                sure=section.sure,
-            ),
-            void=IGNORE,
-        )
-        return ruling.label_HW, {
-            "accepted": ruling.num_accepted,
-            "trusted": ruling.num_trusted,
-            "fallback": False,
-        }
-
-    def _prompts(self, job: Job, label_HW: np.ndarray, components: Sequence[Component]) -> Prompts:
-        """A few random points of every component, drawn by picture and component number.
-
-        Under rule "agreement" with the component's box or its shape as a rough mask.
-        """
-        points = [
-            pick_points(
-                component,
-                draw_indices(
-                    component, self.section.points, seed=item_seed(self.seed, job.id, number)
-                ),
-            )
-            for number, component in enumerate(components)
-        ]
-        with_shapes = self.section.prompts if self.section.rule == "agreement" else ()
-        boxes = masks = None
-        if "box" in with_shapes:
-            boxes = np.array([_box(component) for component in components], np.float32)
-            boxes = boxes.reshape(-1, 4)
-        if "mask" in with_shapes:
-            masks = np.zeros((len(components), *label_HW.shape), bool)
-            for mask_HW, component in zip(masks, components, strict=True):
-                component.paint(mask_HW, True)
-        return point_prompts(points, boxes_P4=boxes, masks_PHW=masks)
-
-
-def _box(component: Component) -> tuple[int, int, int, int]:
-    height, width = component.mask.shape
-    left, top = component.left, component.top
-    return left, top, left + width - 1, top + height - 1
 
 
 def _read_map(job: Job, path: Path, image: np.ndarray) -> np.ndarray:
@@ -255,37 +177,28 @@ def _read_map(job: Job, path: Path, image: np.ndarray) -> np.ndarray:
     return map_HW
 
 
-def count_changes(
-    before_HW: np.ndarray,
-    after_HW: np.ndarray,
-    components: Sequence[Component],
-    iou: Sequence[float],
-) -> Row:
-    """What a refinement did to one label map.
-
-    Args:
-        before_HW: uint8 train ids, 255 none.
-        after_HW: the same after refinement.
-        components: those that were large enough.
-        iou: SAM's score of each component's mask.
+def count_changes(before_HW: np.ndarray, outcome: Outcome) -> Row:
+    """What a refinement did to one label map (uint8 train ids, 255 none).
 
     Returns:
-        "components" (number), "fallback" (no component was large enough, so the teacher's labels
-        stay), "mean_iou" (SAM's own, or None), and "classes": train id -> pixels "before",
-        "after", "kept" (the class before and after), "changed" (became another class), "dropped"
-        (became 255), "gained" (were not the class before), and "components".
+        "components" (those SAM was asked about), "fallback" (the released rule: none was large
+        enough, so the teacher's labels stay), "mean_iou" (SAM's own, or None), what else the rule
+        counts, and "classes": train id -> pixels "before", "after", "kept" (the class before and
+        after), "changed" (became another class), "dropped" (became 255), "gained" (were not the
+        class before), and "components".
     """
+    after_HW = outcome.label_HW
     pixels = np.bincount(
         before_HW.ravel().astype(np.int64) * 256 + after_HW.ravel(), minlength=65536
     ).reshape(256, 256)
-    num_components = Counter(component.label for component in components)
+    num_components = Counter(outcome.prompted)
     present = sorted({*classes_of(before_HW), *classes_of(after_HW)})
     return {
-        "components": len(components),
-        "fallback": not components,
-        "mean_iou": round(float(np.mean(iou)), 4) if len(iou) else None,
+        "components": len(outcome.prompted),
+        "fallback": False,
+        "mean_iou": round(float(np.mean(outcome.iou)), 4) if len(outcome.iou) else None,
         "classes": {str(k): _class_counts(pixels, k, num_components[k]) for k in present},
-    }
+    } | dict(outcome.counts)
 
 
 def _class_counts(pixels: np.ndarray, train_id: int, num_components: int) -> dict[str, int]:
@@ -316,7 +229,7 @@ def sum_up(rows: Sequence[Mapping[str, object]], *, untrained: bool) -> Row:
     scores = [row["counts"]["mean_iou"] for row in rows if row["counts"]["mean_iou"] is not None]
     ruled = {
         name: sum(row["counts"][name] for row in rows)
-        for name in ("accepted", "trusted")
+        for name in ("accepted", "trusted", "automatic")
         if all(name in row["counts"] for row in rows)
     }
     return ruled | {

@@ -95,7 +95,9 @@ def test_a_rough_mask_prompts_as_sam_predictor_takes_it(refiner):
 def test_best_only_is_the_candidate_of_the_highest_score(refiner):
     images, prompts = pictures(), [prompts_for(size, 4) for size in SIZES]
     everything = refiner.masks(images, prompts)
-    for whole, best in zip(everything, refiner.masks(images, prompts, best_only=True), strict=True):
+    for whole, best in zip(
+        everything, refiner.masks(images, prompts, candidates="best"), strict=True
+    ):
         index = whole.iou_PC.argmax(1)
         assert torch.equal(best.index_PC[:, 0], index)
         assert torch.equal(best.masks_PCHW[:, 0], whole.masks_PCHW[torch.arange(4), index])
@@ -112,7 +114,7 @@ def test_the_number_of_prompts_per_decoder_call_does_not_matter(refiner):
 
 def test_a_picture_without_prompts_has_no_masks(refiner):
     none = point_prompts([])
-    found = refiner.masks(pictures(), [none, prompts_for(SIZES[1], 2)], best_only=True)
+    found = refiner.masks(pictures(), [none, prompts_for(SIZES[1], 2)], candidates="best")
     assert found[0].masks_PCHW.shape == (0, 1, *SIZES[0])
     assert len(found[1].masks_PCHW) == 2
     assert refiner.masks(pictures(), [none, none])[1].masks_PCHW.shape == (0, 3, *SIZES[1])

@@ -18,6 +18,7 @@ from models.refiner import build_refiner
 from stages import refine
 from stages.labels import IGNORE
 from stages.refine import count_changes
+from stages.refinement import Outcome
 from stages.shards import item_seed, read_index, shard_folders, write_jsonl
 from tests.interruptions import Interrupted, Interrupting, digests
 from tests.tiny import (
@@ -132,8 +133,9 @@ def test_counts_add_up_whatever_the_maps_hold(seed, min_area):
     rng = np.random.default_rng(seed)
     values = np.array([0, 1, 2, IGNORE], np.uint8)
     before, after = (values[rng.integers(0, 4, (12, 17))] for _ in range(2))
-    components = find_components(before, min_area_px=min_area)
-    counts = count_changes(before, after, components, [0.5] * len(components))
+    prompted = [each.label for each in find_components(before, min_area_px=min_area)]
+    outcome = Outcome(label_HW=after, prompted=prompted, iou=[0.5] * len(prompted))
+    counts = count_changes(before, outcome)
     for entry in counts["classes"].values():
         assert entry["before"] == entry["kept"] + entry["changed"] + entry["dropped"]
         assert entry["after"] == entry["kept"] + entry["gained"]

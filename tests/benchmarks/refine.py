@@ -155,7 +155,7 @@ def end_to_end(device: str, runs: int) -> dict:
     ]
     prompts = [point_prompts(own) for own in points]
     times = alternate(
-        lambda: refiner.masks(images, prompts, best_only=True, bf16=on_gpu),
+        lambda: refiner.masks(images, prompts, candidates="best", bf16=on_gpu),
         lambda: _predictor(refiner, images, points, bf16=on_gpu),
         runs=runs,
     )
