@@ -19,6 +19,7 @@ from models.matching import IGNORE, Targets, find_targets, match
 from models.points import (
     PointDraws,
     draw_points,
+    rows_at_once,
     sample_by_prediction,
     sample_masks,
     smallest,
@@ -309,10 +310,10 @@ class SetCriterion:
     ) -> ChosenPoints:
         """The most uncertain candidates of each mask and uniform points, and what is there."""
         candidates, uniform = torch.cat(draws.candidates, 1), torch.cat(draws.uniform, 1)
-        # A few masks at a time stay in a CPU's cache; a GPU wants all at once.
-        step = 4 if masks_TLHW.device.type == "cpu" else len(masks_TLHW)
+        T, L = masks_TLHW.shape[:2]
+        step = rows_at_once(masks_TLHW.device, T, L * self.candidates)
         parts = []
-        for start in range(0, len(masks_TLHW), step):
+        for start in range(0, T, step):
             rows = slice(start, start + step)
             drawn = candidates[:, rows], uniform[:, rows]
             uncertainty = sample_by_prediction(masks_TLHW[rows], drawn[0]).abs_()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from models.config import LossConfig
 from models.decoder import Prediction
-from models.points import sample_label_shares, sample_masks
+from models.points import rows_at_once, sample_label_shares, sample_masks
 
 IGNORE = 255
 """The label of unlabelled pixels."""
@@ -155,14 +155,15 @@ def point_sums(
     On a CPU a few masks at a time, so that what is in between stays in its cache.
     """
     B, Q = masks_BQHW.shape[:2]
-    if masks_BQHW.device.type == "cpu" and (B > 1 or Q > 25):
+    step = rows_at_once(masks_BQHW.device, B * Q, points_BP2.shape[1])
+    if step < B * Q:
         rows = []
         for image in range(B):
             here = slice(image, image + 1)
             valid = None if valid_BP1 is None else valid_BP1[here]
             parts = [
                 point_sums(masks, points_BP2[here], targets_BPK[here], valid)
-                for masks in masks_BQHW[here].split(25, dim=1)
+                for masks in masks_BQHW[here].split(step, dim=1)
             ]
             rows.append([torch.cat(column, 1) for column in zip(*parts, strict=True)])
         return PointSums(*(torch.cat(column) for column in zip(*rows, strict=True)))

@@ -57,6 +57,17 @@ def draw_points(
     return draws
 
 
+def rows_at_once(device: torch.device, rows: int, values_per_row: int) -> int:
+    """How many rows to work on at a time: what stays in a CPU's cache, all on a GPU."""
+    if device.type != "cpu":
+        return max(rows, 1)
+    return min(max(CACHED_VALUES // values_per_row, 1), max(rows, 1))
+
+
+CACHED_VALUES = 2**19
+"""Values of a temporary tensor that stay in a CPU's second-level cache, more or less."""
+
+
 def smallest(values_NC: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the smallest values of each row, in any order, int64 [N, count].
 

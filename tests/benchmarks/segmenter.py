@@ -56,7 +56,7 @@ class Setting:
 
 
 SETTINGS = {
-    "cpu": Setting(encoder="RN50", crop_px=256, batch=2, runs=5),
+    "cpu": Setting(encoder="RN50", crop_px=256, batch=2, runs=3),
     "cuda": Setting(encoder="convnext_large_d_320", crop_px=768, batch=8, runs=10),
 }
 
