@@ -104,6 +104,30 @@ def test_best_only_is_the_candidate_of_the_highest_score(refiner):
         assert torch.equal(best.iou_PC[:, 0], whole.iou_PC.amax(1))
 
 
+def test_the_single_mask_is_that_of_sam_predictor(refiner):
+    image, own = pictures()[0], prompts_for(SIZES[0], 2)
+    (found,) = refiner.masks([image], [own], candidates="single")
+    predictor = SamPredictor(refiner.sam)
+    predictor.set_image(image)
+    for number in range(2):
+        masks, _, _ = predictor.predict(
+            own.points_PN2[number], own.labels_PN[number], multimask_output=False
+        )
+        assert np.array_equal(found.masks_PCHW[number].numpy(), masks)
+
+
+def test_automatic_masks_come_from_large_to_small_and_pass_their_thresholds(refiner):
+    how = {"points_per_side": 4, "crop_layers": 0}
+    masks = refiner.everything(pictures()[1], min_iou=0.0, min_stability=0.0, min_area_px=50, **how)
+    areas = masks.reshape(len(masks), -1).sum(1)
+    assert masks.shape[1:] == SIZES[1]
+    assert len(masks) > 0
+    assert (np.diff(areas) <= 0).all()
+    assert areas.min() >= 50
+    none = refiner.everything(pictures()[1], min_iou=1.0, min_stability=1.0, **how)
+    assert none.shape == (0, *SIZES[1])
+
+
 def test_the_number_of_prompts_per_decoder_call_does_not_matter(refiner):
     images, prompts = pictures()[:1], [prompts_for(SIZES[0], 5)]
     (one,) = refiner.masks(images, prompts, prompt_batch=2)

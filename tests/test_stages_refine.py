@@ -16,7 +16,7 @@ from models.config import MINIATURE_DIR
 from models.masks import find_components, label_map_of, merge_masks, remove_overlaps
 from models.refiner import build_refiner
 from stages import refine
-from stages.labels import IGNORE
+from stages.labels import IGNORE, load_labelspace
 from stages.refine import count_changes
 from stages.refinement import Outcome
 from stages.shards import item_seed, read_index, shard_folders, write_jsonl
@@ -183,6 +183,39 @@ def test_rule_agreement_leaves_out_what_neither_sam_nor_the_teacher_is_sure_of(t
         tmp_path / "out", inputs | {"labels": labels}, rule="agreement", min_iou=1.0
     )
     assert all((label_of(row) == IGNORE).all() for row in rows)
+
+
+AUTOMATIC = {
+    "auto_points": 4,
+    "auto_min_iou": 0.0,
+    "auto_min_stability": 0.0,
+    "auto_crop_layers": 0,
+}
+
+
+@pytest.mark.parametrize("rule", ["majority", "guided", "stuff_things"])
+def test_rules_on_automatic_masks_run_with_a_real_sam_and_end_the_same(tmp_path, inputs, rule):
+    shutil.copytree(inputs["labels"], tmp_path / "labels")
+    labels = with_confidences(tmp_path / "labels", value=200)
+    names = list(load_labelspace("cityscapes19").names)
+    (labels / "checkpoint.json").write_text(json.dumps({"format": 1, "class_names": names}))
+    how = AUTOMATIC | {"rule": rule}
+    rows, statistics, _ = refined(tmp_path / "one", inputs | {"labels": labels}, **how)
+    for number, row in enumerate(rows):
+        assert set(np.unique(label_of(row))) <= {*np.unique(street(1000 + number)[1]), IGNORE}
+    assert statistics["automatic"] > 0
+    with pytest.raises(Interrupted):
+        refined(
+            tmp_path / "two", inputs | {"labels": labels}, progress=Interrupting(after=4), **how
+        )
+    refined(tmp_path / "two", inputs | {"labels": labels}, **how)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+@pytest.mark.parametrize("rule", ["guided", "stuff_things"])
+def test_rules_of_cityscapes_refuse_other_classes(tmp_path, inputs, rule):
+    with pytest.raises(ValueError, match=r"defined for Cityscapes' 19 classes.*have 4: road"):
+        refined(tmp_path / "out", inputs, rule=rule)
 
 
 @settings(max_examples=40, deadline=None)
