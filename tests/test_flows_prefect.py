@@ -1,6 +1,6 @@
 """The flow under a real Prefect: its own server (SQLite), process pool, worker and deployments.
 
-pytest -m prefect tests/test_flows_prefect.py
+pytest -m "prefect and not faults" tests/test_flows_prefect.py
 """
 
 import contextlib
@@ -40,7 +40,8 @@ class Prefect:
     """A server with a worker, spoken to as a user (commands) and as a page (its HTTP interface)."""
 
     def __init__(self, home: Path, port: int) -> None:
-        self.home, self.url = home, f"http://127.0.0.1:{port}/api"
+        self.home, self.port, self.url = home, port, f"http://127.0.0.1:{port}/api"
+        self.server: subprocess.Popen | None = None
         self.env = {name: value for name, value in os.environ.items() if "PREFECT" not in name}
         self.env |= {
             "PREFECT_HOME": str(home),
@@ -65,9 +66,21 @@ class Prefect:
             timeout=120,
         )
 
+    def serve(self) -> None:
+        """Start the server and wait until it answers."""
+        words = ("server", "start", "--host", "127.0.0.1", "--port", str(self.port))
+        self.server = self.start(*words)
+        until(self.answers, timeout_s=120)
+
+    def answers(self) -> bool:
+        """Whether the server does."""
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            return self.ask("health") is True
+        return False
+
     def start(self, *words: str) -> subprocess.Popen:
         """Start `prefect WORDS`, its output in a log."""
-        with (self.home / f"{words[0]}.log").open("w") as log:
+        with (self.home / f"{words[0]}.log").open("a") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "prefect", *words],
                 cwd=self.home,
@@ -140,12 +153,6 @@ def until(look, *, timeout_s: float, every_s: float = 0.25):
     return found
 
 
-def answers(prefect: Prefect) -> bool:
-    with contextlib.suppress(OSError, urllib.error.URLError):
-        return prefect.ask("health") is True
-    return False
-
-
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory):
     """A server of its own, deployed to as a user does, with a worker."""
@@ -154,25 +161,26 @@ def prefect(tmp_path_factory):
         port = probe.getsockname()[1]
     home = tmp_path_factory.mktemp("prefect")
     made = Prefect(home, port)
-    server = made.start("server", "start", "--host", "127.0.0.1", "--port", str(port))
     worker = None
     try:
-        until(lambda: answers(made), timeout_s=120)
+        made.serve()
         deployed = made.command("-m", "flows.deploy")
         assert deployed.returncode == 0, deployed.stdout
         worker = made.start("worker", "start", "--pool", "clouds-local")
         yield made
     finally:
-        for process in filter(None, (worker, server)):
+        for process in filter(None, (worker, made.server)):
             end(process)
 
 
-def end(process: subprocess.Popen) -> None:
-    """Stop a process and whatever it started."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)
+def end(process: subprocess.Popen, *, patience_s: float = 10) -> None:
+    """Stop a process and whatever it started; at once where there is no patience."""
+    family = [psutil.Process(process.pid)]
+    family += family[0].children(recursive=True)
+    if patience_s:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience_s)
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
@@ -336,6 +344,36 @@ def test_a_cancelled_run_leaves_no_process_and_keeps_its_work(prefect, whole_run
     assert step["held_by"] is None
     records = [json.loads(path.read_text()) for path in Store(folder).runs()]
     assert {r["prefect_run_id"]: r["status"] for r in records}[run_id] == "interrupted"
+
+
+@pytest.mark.faults
+def test_a_run_outlives_its_server(prefect, whole_run, tmp_path):
+    _, done = whole_run
+    folder = tmp_path / "artifacts"
+    shutil.copytree(done, folder, symlinks=True)
+    run_id = prefect.deploy_and_run(
+        "whole",
+        recipe=RECIPE,
+        artifacts=str(folder),
+        overrides=[*ONE_LEG, "train_source.steps=60"],
+        until_stage="train_source",
+    )
+    until(lambda: progress(folder), timeout_s=90)
+    end(prefect.server, patience_s=0)
+    time.sleep(5)
+    prefect.serve()
+    run = prefect.finished(run_id)
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    assert "60 steps" in manifest(folder, "train_source")["summary"]["text"]
+
+
+@pytest.mark.faults
+def test_of_two_runs_on_one_folder_one_waits_and_finds_it_done(prefect, tmp_path):
+    given = {"recipe": RECIPE, "artifacts": str(tmp_path), "until_stage": "prepare"}
+    ids = [prefect.deploy_and_run("whole", **given) for _ in range(2)]
+    messages = [prefect.finished(run_id)["state"]["message"] for run_id in ids]
+    made = [int(message.split(" made, ")[0]) for message in messages]
+    assert sum(made) == 2, messages
 
 
 def progress(folder: Path) -> dict | None:
