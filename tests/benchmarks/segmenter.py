@@ -320,15 +320,15 @@ def clear(leaves: list, total: torch.Tensor) -> None:
             leaf.grad = None
 
 
-def seconds(function: Callable, device: str) -> float:
-    """Wall time of one call, device work included."""
+def seconds(function: Callable, device: str, clock: Callable[[], float]) -> float:
+    """Time of one call, device work included."""
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def peak_gib(function: Callable, device: str) -> float | None:
@@ -340,12 +340,19 @@ def peak_gib(function: Callable, device: str) -> float | None:
     return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
-def measure(name: str, ours: Callable, theirs: Callable, device: str, setting: Setting) -> dict:
+def measure(
+    name: str,
+    ours: Callable,
+    theirs: Callable,
+    device: str,
+    setting: Setting,
+    clock: Callable[[], float],
+) -> dict:
     """Both sides alternately, after one warm-up each."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(setting.runs + 1):
         for function, kept in zip((ours, theirs), times, strict=True):
-            elapsed_s = seconds(function, device)
+            elapsed_s = seconds(function, device, clock)
             if number:
                 kept.append(elapsed_s)
     mine, other = (statistics.median(kept) for kept in times)
@@ -368,14 +375,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=list(SETTINGS))
     parser.add_argument("--case", nargs="*", default=[], help="only names that begin so")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: its own choice")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor time, for a machine that others use as well",
+    )
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     setting = SETTINGS[arguments.device]
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[arguments.clock]
     bench = Bench(arguments.device, setting)
     rows = []
     for name, ours, theirs in bench.cases():
         if arguments.case and not name.startswith(tuple(arguments.case)):
             continue
-        rows.append(measure(name, ours, theirs, arguments.device, setting))
+        rows.append(measure(name, ours, theirs, arguments.device, setting, clock))
         if not arguments.json:
             row = rows[-1]
             print(
