@@ -169,9 +169,12 @@ def measure_clip(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> 
     cases = {
         "frozen": _segmenter_config(folder, weights=True, trained=False),
         "from_scratch": _segmenter_config(folder, weights=False, trained=True),
-        "random_frozen": _segmenter_config(folder, weights=False, trained=False),
-        "fine_tuned": _segmenter_config(folder, weights=True, trained=True),
     }
+    if config.more_cases:
+        cases |= {
+            "random_frozen": _segmenter_config(folder, weights=False, trained=False),
+            "fine_tuned": _segmenter_config(folder, weights=True, trained=True),
+        }
     names = load_labelspace("miniature").names
     table: dict[str, Any] = {}
     for case, segmenter_config in cases.items():

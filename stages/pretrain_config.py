@@ -81,6 +81,8 @@ class MeasureMiniatureConfig(Section):
     """Learning rate of heads and towers."""
     num_seeds: int = Field(1, gt=0)
     """Heads trained per case."""
+    more_cases: bool = True
+    """Beside the two cases of the gate (frozen, from scratch): random frozen and fine-tuned."""
     mask_gain: float = 0.15
     """Least gain of masks over mask prompts, in IoU."""
 

@@ -15,15 +15,17 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
+from torch import nn
 
 SIZES: dict[str, Any] = {
     "image_size": 128,
     "patch_size": 8,
+    "vit_stem": "convolutions",
     "vit_embed_dim": 128,
-    "vit_depth": 5,
+    "vit_depth": 2,
     "vit_heads": 4,
     "vit_window": 8,
-    "vit_global_attn_indexes": [1, 4],
+    "vit_global_attn_indexes": [1],
     "prompt_embed_dim": 128,
     "mask_in_chans": 16,
     "decoder_depth": 2,
@@ -35,6 +37,49 @@ SIZES: dict[str, Any] = {
     "pixel_std": [58.395, 57.12, 57.375],
 }
 """The shipped sizes. Pictures of 64x128 fill the upper half of the 128x128 input, as SAM pads."""
+
+
+class EarlyConvolutions(nn.Module):
+    """Convolutions in place of the patch embedding: [B, 3, H, W] to [B, H/8, W/8, C].
+
+    A transformer on bare 8x8 patches learns edges slowly from few pictures; convolutions begin with
+    them (Xiao et al., Early Convolutions Help Transformers See Better, NeurIPS 2021). The maps of
+    strides 2 and 4 are folded into the patches, so that masks can be finer than a patch.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.stride2 = ConvolutionBlock(3, 24)
+        self.stride4 = ConvolutionBlock(24, 48)
+        self.stride8 = ConvolutionBlock(48, 96)
+        self.fold2 = nn.Sequential(nn.Conv2d(24, 8, 1), nn.PixelUnshuffle(4))
+        self.fold4 = nn.Sequential(nn.Conv2d(48, 24, 1), nn.PixelUnshuffle(2))
+        self.join = nn.Conv2d(96 + 8 * 16 + 24 * 4, dim, 1)
+
+    def forward(self, x_B3HW: torch.Tensor) -> torch.Tensor:
+        """Patch embeddings, channels last as `ImageEncoderViT` wants them."""
+        fine = self.stride2(x_B3HW)
+        middle = self.stride4(fine)
+        coarse = self.stride8(middle)
+        joined = self.join(torch.cat([coarse, self.fold2(fine), self.fold4(middle)], 1))
+        return joined.permute(0, 2, 3, 1)
+
+
+class ConvolutionBlock(nn.Module):
+    """A residual pair of 3x3 convolutions; the first steps down by two."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.down = nn.Conv2d(channels, width, 3, 2, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, width)
+        self.refine = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, width)
+        self.skip = nn.Conv2d(channels, width, 1, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Half the height and width, `width` channels."""
+        hidden = torch.relu(self.norm1(self.down(x)))
+        return torch.relu(self.skip(x) + self.norm2(self.refine(hidden)))
 
 
 def build_sam(sizes: dict[str, Any]) -> Sam:
@@ -75,7 +120,25 @@ def build_sam(sizes: dict[str, Any]) -> Sam:
         pixel_mean=sizes["pixel_mean"],
         pixel_std=sizes["pixel_std"],
     )
+    match sizes["vit_stem"]:
+        case "convolutions":
+            if sizes["patch_size"] != 8:
+                raise ValueError(f"vit_stem convolutions: patch_size {sizes['patch_size']}, not 8")
+            sam.image_encoder.patch_embed = EarlyConvolutions(sizes["vit_embed_dim"])
+            _begin_as_identity(sam.image_encoder.blocks)
+        case "patches":
+            pass
+        case other:
+            raise ValueError(f"vit_stem {other!r} is unknown; known: convolutions, patches")
     return sam.eval()
+
+
+def _begin_as_identity(blocks: nn.ModuleList) -> None:
+    """Let residual branches begin at nought, so that training begins with the convolutions."""
+    for block in blocks:
+        for layer in (block.attn.proj, block.mlp.lin2):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def read_sizes(folder: Path) -> dict[str, Any]:
