@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -202,10 +202,7 @@ class Refiner(nn.Module):
         context = torch.autocast(self.sam.device.type, torch.bfloat16) if bf16 else nullcontext()
         with context:
             found = generator.generate(image)
-        kept = [entry for entry in found if entry["area"] >= min_area_px]
-        kept.sort(key=lambda entry: (-entry["area"], *entry["bbox"], *entry["point_coords"][0]))
-        masks = [entry["segmentation"] for entry in kept]
-        return np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
+        return from_large_to_small(found, min_area_px=min_area_px, size=image.shape[:2])
 
     def _encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         resize = ResizeLongestSide(self.image_size)
@@ -283,6 +280,19 @@ class Refiner(nn.Module):
             iou_PC=empty,
             index_PC=empty.long(),
         )
+
+
+def from_large_to_small(
+    found: Sequence[Mapping[str, Any]], *, min_area_px: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Records of the automatic generator as bool masks [M, H, W], without the small ones.
+
+    Masks of one area stand in the order of their boxes, whatever the records' order was.
+    """
+    kept = [entry for entry in found if entry["area"] >= min_area_px]
+    kept.sort(key=lambda entry: (-entry["area"], *entry["bbox"], *entry["point_coords"][0]))
+    masks = [entry["segmentation"] for entry in kept]
+    return np.stack(masks) if masks else np.zeros((0, *size), bool)
 
 
 def _split(prompts: Prompts, size: int) -> list[Prompts]:

@@ -179,9 +179,10 @@ def test_every_thing_component_of_ten_pixels_gets_a_box_and_two_points():
     labels[4:10, 5:15] = CAR
     labels[0:3, 0:3] = CAR  # nine pixels
     labels[12:14, 20:25] = PERSON
-    labels[14, 25] = PERSON  # touches by a corner: 8-connected
+    labels[14:16, 25] = PERSON  # touches by a corner: 8-connected
     found = thing_prompts(labels)
     assert found.labels == (PERSON, CAR)
+    assert found.boxes_P4[0, 2] > 25
     width, height = 9, 5  # between the centres of the outer pixels
     grown = width * height * 1.25 / (2 * (width + height))
     expected = (5 - grown, 4 - grown, 14 + grown, 9 + grown)

@@ -6,7 +6,13 @@ import torch
 from safetensors.torch import save_file
 from segment_anything import SamPredictor
 
-from models.refiner import Prompts, Refiner, build_refiner, point_prompts
+from models.refiner import (
+    Prompts,
+    Refiner,
+    build_refiner,
+    from_large_to_small,
+    point_prompts,
+)
 
 SIZES = [(96, 61), (64, 128)]
 
@@ -116,16 +122,34 @@ def test_the_single_mask_is_that_of_sam_predictor(refiner):
         assert np.array_equal(found.masks_PCHW[number].numpy(), masks)
 
 
-def test_automatic_masks_come_from_large_to_small_and_pass_their_thresholds(refiner):
+def test_automatic_masks_pass_their_thresholds(refiner):
     how = {"points_per_side": 4, "crop_layers": 0}
-    masks = refiner.everything(pictures()[1], min_iou=0.0, min_stability=0.0, min_area_px=50, **how)
-    areas = masks.reshape(len(masks), -1).sum(1)
-    assert masks.shape[1:] == SIZES[1]
+    masks = refiner.everything(pictures()[1], min_iou=0.0, min_stability=0.0, **how)
     assert len(masks) > 0
-    assert (np.diff(areas) <= 0).all()
-    assert areas.min() >= 50
-    none = refiner.everything(pictures()[1], min_iou=1.0, min_stability=1.0, **how)
-    assert none.shape == (0, *SIZES[1])
+    assert masks.shape[1:] == SIZES[1]
+    for thresholds in ({"min_iou": 1.0}, {"min_stability": 1.0}, {"min_area_px": 10_000}):
+        off = {"min_iou": 0.0, "min_stability": 0.0, "min_area_px": 0} | thresholds
+        assert refiner.everything(pictures()[1], **off, **how).shape == (0, *SIZES[1])
+
+
+def test_automatic_masks_stand_from_large_to_small_in_an_order_of_their_own():
+    records = []
+    for rows, columns in ((2, 3), (5, 6), (6, 5), (1, 2), (5, 6)):
+        mask = np.zeros((16, 16), bool)
+        offset = len(records)
+        mask[offset : offset + rows, offset : offset + columns] = True
+        records.append(
+            {
+                "segmentation": mask,
+                "area": int(mask.sum()),
+                "bbox": [offset, offset, columns, rows],
+                "point_coords": [[0.5, 0.5]],
+            }
+        )
+    masks = from_large_to_small(records, min_area_px=6, size=(16, 16))
+    assert masks.reshape(4, -1).sum(1).tolist() == [30, 30, 30, 6]
+    again = from_large_to_small(records[::-1], min_area_px=6, size=(16, 16))
+    assert np.array_equal(masks, again)
 
 
 def test_the_number_of_prompts_per_decoder_call_does_not_matter(refiner):

@@ -136,9 +136,22 @@ def test_rule_checks_drops_by_every_threshold_that_is_set(tmp_path, inputs, sect
     assert rows[0]["scores"]["sure_share"] == pytest.approx(0.25)
 
 
-def test_too_few_sure_pixels_are_a_reason(tmp_path, inputs):
-    with pytest.raises(ValueError, match="5 less than 30% sure pixels"):
-        selected(tmp_path / "out", inputs, rule="checks", **OFF, min_sure_share=0.3)
+@pytest.mark.parametrize(("sure_above", "share"), [(0.9, 0.3), (0.95, 0.01)])
+def test_too_few_sure_pixels_are_a_reason(tmp_path, inputs, sure_above, share):
+    how = OFF | {"sure_above": sure_above, "min_sure_share": share}
+    with pytest.raises(ValueError, match=f"5 less than {share:.0%} sure pixels"):
+        selected(tmp_path / "out", inputs, rule="checks", **how)
+
+
+@pytest.mark.parametrize(("other", "kept_ids"), [(0b1111, "a"), (0b11111, "ab")])
+def test_a_twin_differs_in_at_most_the_bits_allowed(other, kept_ids):
+    scores = [
+        PictureScore(
+            id=name, mean_confidence=0.5, sure_share=1.0, num_classes=3, contrast=0.3, hash=value
+        )
+        for name, value in {"a": 0, "b": other}.items()
+    ]
+    assert kept(judge(scores, SelectConfig(rule="checks", twin_bits=4))) == kept_ids
 
 
 def test_a_near_copy_names_its_original_and_only_kept_pictures_have_copies(tmp_path, inputs):
