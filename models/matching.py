@@ -5,7 +5,7 @@ All costs are made on the device and copied to the host once. Source: Cheng et a
 """
 
 # B batch, L predictions, Q queries, K classes, T target masks of the batch (image after image,
-# classes ascending), P points, H W height and width
+# classes ascending), C most classes of a picture, P points, H W height and width
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,93 +76,128 @@ def match(
     Returns:
         int64 [L, T]; -1 where there are fewer queries than classes and none was left.
     """
+    # 1. What is at the points: the share of each picture's own classes, and of any class.
     points_DBP2 = torch.stack(list(points), 1)
-    shares_DBKP = [sample_label_shares(labels_BHW, drawn, num_classes) for drawn in points_DBP2]
+    places = [targets.of_image(image) for image in range(len(labels_BHW))]
+    width = max((len(here) for here in places), default=0)
+    columns_BC = torch.tensor(
+        [
+            [targets.classes_T[p] for p in here] + [num_classes] * (width - len(here))
+            for here in places
+        ]
+    ).to(labels_BHW.device)
+    there = [
+        look_at(labels_BHW, drawn_BP2, columns_BC, num_classes, ignore_B)
+        for drawn_BP2 in points_DBP2
+    ]
+
+    # 2. All costs, and one copy of them.
     last = len(points_DBP2) - 1
-    costs_LBQK = torch.stack(
+    costs_LBQC = torch.stack(
         [
             matching_costs(
                 prediction,
                 points_DBP2[min(index, last)],
-                shares_DBKP[min(index, last)],
+                there[min(index, last)],
+                columns_BC,
                 config,
-                ignore_B,
             )
             for index, prediction in enumerate(predictions)
         ]
     )
     # Non-finite costs match anyhow; the losses then say what is not finite.
-    costs = torch.nan_to_num(costs_LBQK).cpu().numpy()
+    costs = torch.nan_to_num(costs_LBQC).cpu().numpy()
+
+    # 3. The cheapest assignments.
     queries_LT = torch.full((len(predictions), len(targets.images_T)), -1)
-    places = [targets.of_image(image) for image in range(len(labels_BHW))]
-    for index, costs_BQK in enumerate(costs):
-        for costs_QK, here in zip(costs_BQK, places, strict=True):
-            columns = [targets.classes_T[place] for place in here]
-            queries, found = linear_sum_assignment(costs_QK[:, columns])
+    for index, costs_BQC in enumerate(costs):
+        for costs_QC, here in zip(costs_BQC, places, strict=True):
+            queries, found = linear_sum_assignment(costs_QC[:, : len(here)])
             queries_LT[index, [here[place] for place in found]] = torch.from_numpy(queries)
     return queries_LT
+
+
+class Shares(NamedTuple):
+    """What the labels are at points, bilinearly."""
+
+    targets_BCP: torch.Tensor
+    """Share of each of a picture's classes."""
+    valid_BP1: torch.Tensor | None
+    """Share of what counts; None: all does."""
+
+
+def look_at(
+    labels_BHW: torch.Tensor,
+    points_BP2: torch.Tensor,
+    columns_BC: torch.Tensor,
+    num_classes: int,
+    ignore_B: torch.Tensor | None,
+) -> Shares:
+    """The shares of the classes `columns_BC` (K: padding) at points."""
+    shares_BKP = sample_label_shares(labels_BHW, points_BP2, num_classes)
+    rows = columns_BC[..., None].expand(-1, -1, shares_BKP.shape[2])
+    valid_BP1 = None
+    if ignore_B is not None:
+        labelled_BP1 = shares_BKP[:, :-1].sum(1)[..., None]
+        valid_BP1 = torch.where(ignore_B[:, None, None], labelled_BP1, 1)
+    return Shares(shares_BKP.gather(1, rows), valid_BP1)
 
 
 def matching_costs(
     prediction: Prediction,
     points_BP2: torch.Tensor,
-    shares_BKP: torch.Tensor,
+    there: Shares,
+    columns_BC: torch.Tensor,
     config: LossConfig,
-    ignore_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Costs of all queries and classes, [B, Q, K].
+    """Costs of all queries and classes, [B, Q, C].
 
     Args:
         prediction: of the queries.
         points_BP2: where masks are compared.
-        shares_BKP: share of every class at the points, the last one of anything else.
+        there: what the labels are at the points.
+        columns_BC: the classes of each picture; K where it has fewer.
         config: weights.
-        ignore_B: pictures whose unlabelled pixels are left out.
     """
-    targets_BPK = shares_BKP[:, :-1].transpose(1, 2)
-    valid_BP1 = None
-    if ignore_B is not None:
-        labelled_BP1 = targets_BPK.sum(2, keepdim=True)
-        valid_BP1 = torch.where(ignore_B[:, None, None], labelled_BP1, 1)
-    sums = point_sums(prediction.masks_BQHW.float(), points_BP2, targets_BPK, valid_BP1)
-    count = points_BP2.shape[1] if valid_BP1 is None else valid_BP1.sum(1, keepdim=True)
-    entropy = sums.entropy_BQK / (count if valid_BP1 is None else count.clamp(min=1e-6))
-    total = sums.covered_BQ1 + targets_BPK.sum(1, keepdim=True)
-    dice = 1 - (2 * sums.overlap_BQK + 1) / (total + 1)
-    classes = -prediction.class_logits_BQK1.float().softmax(-1)[..., :-1]
+    sums = point_sums(prediction.masks_BQHW.float(), points_BP2, there)
+    if there.valid_BP1 is None:
+        entropy = sums.entropy_BQC / points_BP2.shape[1]
+    else:
+        entropy = sums.entropy_BQC / there.valid_BP1.sum(1, keepdim=True).clamp(min=1e-6)
+    total = sums.covered_BQ1 + there.targets_BCP.sum(2)[:, None]
+    dice = 1 - (2 * sums.overlap_BQC + 1) / (total + 1)
+    probabilities = prediction.class_logits_BQK1.float().softmax(-1)
+    rows = columns_BC[:, None].expand(-1, probabilities.shape[1], -1)
+    classes = -probabilities.gather(2, rows)
     return config.class_weight * classes + config.mask_weight * entropy + config.dice_weight * dice
 
 
 class PointSums(NamedTuple):
     """Sums over points, of every query and class."""
 
-    entropy_BQK: torch.Tensor
+    entropy_BQC: torch.Tensor
     """Binary cross-entropy."""
-    overlap_BQK: torch.Tensor
+    overlap_BQC: torch.Tensor
     """Probability times target."""
     covered_BQ1: torch.Tensor
     """Probability."""
 
 
-def point_sums(
-    masks_BQHW: torch.Tensor,
-    points_BP2: torch.Tensor,
-    targets_BPK: torch.Tensor,
-    valid_BP1: torch.Tensor | None,
-) -> PointSums:
+def point_sums(masks_BQHW: torch.Tensor, points_BP2: torch.Tensor, there: Shares) -> PointSums:
     """Compare every mask with every class at points.
 
     On a CPU a few masks at a time, so that what is in between stays in its cache.
     """
     B, Q = masks_BQHW.shape[:2]
     step = rows_at_once(masks_BQHW.device, B * Q, points_BP2.shape[1])
-    if step < B * Q:
+    if step < B * Q and (B > 1 or step < Q):
         rows = []
         for image in range(B):
             here = slice(image, image + 1)
-            valid = None if valid_BP1 is None else valid_BP1[here]
+            valid_BP1 = None if there.valid_BP1 is None else there.valid_BP1[here]
+            shares = Shares(there.targets_BCP[here], valid_BP1)
             parts = [
-                point_sums(masks, points_BP2[here], targets_BPK[here], valid)
+                point_sums(masks, points_BP2[here], shares)
                 for masks in masks_BQHW[here].split(step, dim=1)
             ]
             rows.append([torch.cat(column, 1) for column in zip(*parts, strict=True)])
@@ -171,11 +206,15 @@ def point_sums(
     probabilities_BQP = logits_BQP.sigmoid()
     # Cross-entropy is softplus(x) - x t: the first part is the same for every class.
     entropy_BQP = F.softplus(logits_BQP)
-    if valid_BP1 is None:
+    if there.valid_BP1 is None:
         entropy_BQ1 = entropy_BQP.sum(-1, keepdim=True)
         covered_BQ1 = probabilities_BQP.sum(-1, keepdim=True)
     else:
-        entropy_BQ1, covered_BQ1 = entropy_BQP @ valid_BP1, probabilities_BQP @ valid_BP1
-    return PointSums(
-        entropy_BQ1 - logits_BQP @ targets_BPK, probabilities_BQP @ targets_BPK, covered_BQ1
+        entropy_BQ1 = entropy_BQP @ there.valid_BP1
+        covered_BQ1 = probabilities_BQP @ there.valid_BP1
+    # Classes first: the faster order of these products on a CPU.
+    inside, overlap = (
+        torch.bmm(there.targets_BCP, x.transpose(1, 2)).transpose(1, 2)
+        for x in (logits_BQP, probabilities_BQP)
     )
+    return PointSums(entropy_BQ1 - inside, overlap, covered_BQ1)

@@ -143,10 +143,12 @@ class Segmenter(nn.Module):
             padded = mean.new_zeros(len(images), 3, height + -height % step, width + -width % step)
             for row, image in zip(padded, images, strict=True):
                 row[:, : image.shape[1], : image.shape[2]] = ((image.to(mean) - mean) / std)[0]
+        if padded.is_cuda:
+            padded = padded.contiguous(memory_format=torch.channels_last)
         return padded, (height, width)
 
+    @staticmethod
     def semantic(
-        self,
         output: SegmenterOutput,
         size: Size | None = None,
         *,

@@ -139,7 +139,7 @@ def clouds_head(golden: GoldenSet) -> Iterator[Difference]:
             logits, masks_BQHW = prediction
             yield Difference(f"{key} logits", logits, golden[f"{prefix}out/{key}_logits"])
             yield Difference(f"{key} masks", masks_BQHW, golden[f"{prefix}out/{key}_masks"])
-        semantic = Segmenter.semantic(None, output, summed="pixel")
+        semantic = Segmenter.semantic(output, summed="pixel")
         yield Difference("semantic", semantic, golden[f"{prefix}out/semantic"])
         resized = resize(semantic, tuple(out_size))
         yield Difference("resized", resized, golden[f"{prefix}out/semantic_resized"])
