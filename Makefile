@@ -35,6 +35,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+deploy: $(READY)
+	$(PY) -m flows.deploy
+
 golden: $(READY)
 	$(PY) -m tests.golden ../shared/golden
 
