@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModelWithProjection
 
 from models.painter import known_schedulers, load_painter, save_random_painter
 
@@ -98,3 +103,44 @@ def test_numbers_that_are_not_finite_are_an_error_and_no_black_picture():
         painter.pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="precision=fp32"):
         painter.paint(PROMPTS, seeds=[1, 2], **HOW)
+
+
+def save_tiny_xl(folder) -> None:
+    """A tiny Stable Diffusion XL: two text encoders, size conditioning, no safety checker."""
+    save_random_painter(folder / "small", seed=0)
+    small = StableDiffusionPipeline.from_pretrained(folder / "small", safety_checker=None)
+    text = small.text_encoder.config
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 * 6 + 32,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=small.tokenizer,
+        tokenizer_2=small.tokenizer,
+        unet=unet,
+        scheduler=small.scheduler,
+    )
+    pipeline.save_pretrained(folder / "xl")
+
+
+def test_stable_diffusion_xl_is_loaded_by_the_same_call(tmp_path):
+    torch.manual_seed(0)
+    save_tiny_xl(tmp_path)
+    painter = load_painter(str(tmp_path / "xl"), scheduler="EulerDiscreteScheduler")
+    assert isinstance(painter.pipeline, StableDiffusionXLPipeline)
+    how = HOW | {"guidance": 3.0}
+    together = painter.paint(PROMPTS, seeds=[1, 2], negative_prompt="fog", **how)
+    (alone,) = painter.paint(PROMPTS[1:], seeds=[2], negative_prompt="fog", **how)
+    assert together[0].shape == (64, 128, 3)
+    assert difference(alone, together[1]) <= 1
