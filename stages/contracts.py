@@ -23,18 +23,22 @@ need alone):
                 also_in_sources) and `roots.json` (data set -> absolute root; not digested).
 `train_source`  `model.safetensors checkpoint.json [ema.safetensors]`, `logs/metrics.jsonl` (one
                 JSON a line with "step" and floats).
-`write_prompts` `prompts.jsonl`: id, text, attributes, classes (asked for), model, seed;
-                `statistics.json`.
-`synthesize`    shards; files `<picture id>.png|jpg`, index rows: id, file, prompt_id, prompt,
-                seed, model, steps.
+`write_prompts` `prompts.jsonl`: id, text, attributes, classes (asked for; of the bank's: named),
+                model ("bank" for shipped ones), seed, untrained; `statistics.json` (replies asked,
+                valid, refused by reason; from_bank; attributes; classes asked, named, weight).
+`synthesize`    shards; files `<picture id>.png|jpg` ("/" in an id becomes "+"), which carry how
+                they were made; index rows: id, file, prompt_id, prompt, seed, model, steps,
+                guidance, negative_prompt, scheduler, untrained, [collected], [batch_size where it
+                was cut for want of memory].
 `pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and
                 `<id>.confidence.png` (uint8, 0..255 = 0..1); index rows: id, label, confidence,
                 mean_confidence, classes {train id: pixels}; `statistics.json`; `checkpoint.json`
                 (the teacher's, so that class names travel with the labels).
-`select`        `selection.jsonl`: id, kept, scores {}, reasons []; `statistics.json`.
+`select`        `selection.jsonl`: id, kept, scores {}, reasons [], [twin]; `statistics.json`.
 `refine`        shards; files `<id>.label.png`; index rows: id, label, counts; `statistics.json`
-                (per class: pixels kept / changed / dropped / gained, components);
-                `checkpoint.json`.
+                (num_pictures, num_fallback, components, mean_iou, untrained, [accepted, trusted,
+                automatic], classes {train id: pixels before / after / kept / changed / dropped /
+                gained, components}); `checkpoint.json`.
 `self_train`    as `train_source`; `model.safetensors` student, `ema.safetensors` EMA teacher.
 `evaluate`      `results.json`: {"protocol": {...}, "classes": [...], "sets": {dataset:
                 {"confusion": [[...]] (row truth), "iou": [...], "miou", "mean_accuracy",
