@@ -8,6 +8,7 @@ step's number are all there is to save.
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from time import process_time
 from typing import Any
 
@@ -44,34 +45,34 @@ def pretrain(
 
     # 1. Go on where an interrupted attempt left off.
     first, spent_s = 0, 0.0
+    row: dict[str, float] = {}
     found = checkpoints.newest(progress.note)
     if found is not None:
         first, state = found
         network.load_state_dict(state["network"])
         average = state["average"]
         optimizer.load_state_dict(state["optimizer"])
-        spent_s = state["cpu_s"]
+        spent_s, row = state["cpu_s"], state["row"]
     metrics.cut(first)
     progress.start(config.steps, "steps", done=first)
 
     # 2. Step by step.
     started_s = process_time()
-    sums: dict[str, float] = {}
-    row: dict[str, float] = {}
+    seen: list[dict[str, float]] = []
     for step in range(first, config.steps):
         values = _update(network, optimizer, losses, config, seed, step)
         _follow(average, network, min(config.ema_decay, (1 + step) / (10 + step)))
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value
+        seen.append(values)
         cpu_s = spent_s + process_time() - started_s
-        if (step + 1) % config.log_every == 0:
-            row = {name: value / config.log_every for name, value in sums.items()}
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            row = {name: fmean(values[name] for values in seen) for name in values}
             metrics.write({"step": step + 1, **row, "cpu_s": cpu_s})
-            sums = {}
+            seen = []
         progress.advance(1, loss=values["total"])
         if (step + 1) % config.checkpoint_every == 0:
-            state = {"network": network.state_dict(), "average": average, "cpu_s": cpu_s}
-            checkpoints.save(step + 1, state | {"optimizer": optimizer.state_dict()})
+            state = {"network": network.state_dict(), "average": average}
+            state |= {"optimizer": optimizer.state_dict(), "cpu_s": cpu_s, "row": row}
+            checkpoints.save(step + 1, state)
 
     # 3. What is shipped is the average; the state to resume from has done its duty.
     network.load_state_dict(average)
