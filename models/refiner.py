@@ -267,7 +267,8 @@ class Refiner(nn.Module):
         if best_only:
             index_PC = iou_PC.argmax(1, keepdim=True)
             iou_PC = iou_PC.gather(1, index_PC)
-            logits_PChw = logits_PChw[torch.arange(len(index_PC)), index_PC[:, 0]][:, None]
+            prompts_P = torch.arange(len(index_PC), device=index_PC.device)
+            logits_PChw = logits_PChw[prompts_P, index_PC[:, 0]][:, None]
         seen = ResizeLongestSide.get_preprocess_shape(*size, self.image_size)
         full = self.sam.postprocess_masks(logits_PChw, input_size=seen, original_size=size)
         return Masks(masks_PCHW=full > self.sam.mask_threshold, iou_PC=iou_PC, index_PC=index_PC)

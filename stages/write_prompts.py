@@ -75,6 +75,7 @@ def run(
         FileNotFoundError: the model is not to be had.
         ValueError: it has no chat template, too few replies are valid, or the bank is too small.
     """
+    # 1. Plan what to ask for, and load who is asked.
     section = config.write_prompts
     space = read_labelspace(labelspace)
     weights = _class_weights(section, space, sources=sources, labelled=labelled)
@@ -84,6 +85,7 @@ def run(
     writer = _load(config)
     progress.start(len(plan), "prompts")
 
+    # 2. Ask until every reply is valid, or too often.
     distinct, tally = Distinct(), Tally()
     accepted: dict[int, Accepted] = {}
     if writer is not None:
@@ -101,10 +103,13 @@ def run(
             progress.advance()
         _check_share(section, tally)
     num_written = len(accepted)
+
+    # 3. Fill what is left from the shipped bank.
     for number, found in _from_bank(plan, accepted, space=space, distinct=distinct):
         accepted[number] = found
         progress.advance()
 
+    # 4. Write everything down.
     label = model_label(section.model)
     rows = [
         _row(number, accepted[number], model=label, untrained=bool(writer and writer.untrained))
