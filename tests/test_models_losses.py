@@ -219,31 +219,38 @@ def test_uncertain_points_are_those_with_logits_nearest_zero(unlabelled):
 
 
 def test_classes_without_a_query_cost_nothing():
-    output, labels = some_output(aux=1), some_labels()
+    output, labels = some_output(aux=0), some_labels()
     few = SegmenterOutput(
         image_size=SIZE,
         padded_size=SIZE,
         class_logits_BQK1=output.class_logits_BQK1[:, :2],
         masks_BQHW=output.masks_BQHW[:, :2],
-        aux=tuple(Prediction(c[:, :2], m[:, :2]) for c, m in output.aux),
     )
-    criterion, targets = SetCriterion(LossConfig(points=40), K), find_targets(labels, K)
+    criterion = SetCriterion(LossConfig(points=40, importance=0), K)
+    targets = find_targets(labels, K)
     draws = draw_points(
         [1, 2, 3],
         [len(targets.of_image(image)) for image in range(3)],
         points=40,
         candidates=120,
-        uncertain=30,
+        uncertain=0,
         device=torch.device("cpu"),
     )
-    queries_LT = criterion.match(few.predictions, labels, targets, draws)
-    for queries_T in queries_LT:
-        for image in range(3):
-            here = queries_T[targets.of_image(image)].tolist()
-            assert sorted(q for q in here if q >= 0) == [0, 1]
-    total = criterion(few, labels, draws=draws)["total"]
-    total.backward()
-    assert total.isfinite()
+    (queries_T,) = criterion.match(few.predictions, labels, targets, draws)
+    assert [(queries_T[targets.of_image(i)] >= 0).sum().item() for i in range(3)] == [2, 2, 2]
+    entropies = []
+    points = torch.cat([d[0] for d in draws.uniform])
+    for image, query, k, places in zip(
+        targets.images_T, queries_T, targets.classes_T, points, strict=True
+    ):
+        if query >= 0:
+            mask = few.masks_BQHW[image, query][None, None]
+            logits = sample_masks(mask, places[None])[0, 0]
+            target = sample_masks((labels[image] == k).float()[None, None], places[None])[0, 0]
+            entropies.append(F.binary_cross_entropy_with_logits(logits, target))
+    losses = criterion(few, labels, draws=draws)
+    expected = torch.stack(entropies).sum() / len(targets.images_T)
+    torch.testing.assert_close(losses["loss_mask"], expected)
 
 
 def test_ignored_pixels_do_not_matter_and_negative_ones_do():
