@@ -17,11 +17,14 @@ from models.config import LossConfig
 from models.decoder import Prediction
 from models.matching import IGNORE, Targets, find_targets, match
 from models.points import (
+    ChosenPoints,
     PointDraws,
+    choose,
     draw_points,
     rows_at_once,
     sample_by_prediction,
     sample_masks,
+    shares_at,
     smallest,
 )
 from models.segmenter import SegmenterOutput
@@ -44,16 +47,6 @@ class Handling(NamedTuple):
     ignore_B: torch.Tensor | None = None
     """Images whose unlabelled pixels are left out; None: no image's."""
     whole: BatchCounts | None = None
-
-
-class ChosenPoints(NamedTuple):
-    """Where the masks are compared, and what the labels are there."""
-
-    points_TLP2: torch.Tensor
-    targets_TLP: torch.Tensor
-    """Bilinear share of the target's pixels around each point."""
-    valid_TLP: torch.Tensor | None
-    """Bilinear share of the pixels that count; None: all do."""
 
 
 PLAIN = Handling()
@@ -338,38 +331,6 @@ class SetCriterion:
         return ChosenPoints(
             torch.cat(points), torch.cat(targets), None if valid[0] is None else torch.cat(valid)
         )
-
-
-def choose(
-    candidates_DTCX: torch.Tensor, uniform_DTPX: torch.Tensor, kept_TLU: torch.Tensor
-) -> torch.Tensor:
-    """Of things per candidate those of the kept ones, then those of the uniform points.
-
-    Args:
-        candidates_DTCX: anything per candidate; D is 1 or L.
-        uniform_DTPX: the same per uniform point.
-        kept_TLU: indices of the kept candidates.
-
-    Returns:
-        [T, L, U + P, X].
-    """
-    T, L, U = kept_TLU.shape
-    X = candidates_DTCX.shape[-1]
-    candidates = candidates_DTCX.transpose(0, 1).expand(T, L, -1, X)
-    uniform = uniform_DTPX.transpose(0, 1).expand(T, L, -1, X)
-    return torch.cat([candidates.gather(2, kept_TLU[..., None].expand(T, L, U, X)), uniform], 2)
-
-
-def shares_at(
-    masks_THW: torch.Tensor, drawn: tuple[torch.Tensor, torch.Tensor], kept_TLU: torch.Tensor
-) -> torch.Tensor:
-    """Binary masks at the chosen points, bilinearly, [T, L, P]; arguments as of `choose`."""
-    plane = masks_THW.float()[:, None]
-    sampled = (
-        torch.stack([sample_masks(plane, points_TP2)[:, 0, :, None] for points_TP2 in points])
-        for points in drawn
-    )
-    return choose(*sampled, kept_TLU)[..., 0]
 
 
 def mask_entropy(

@@ -26,6 +26,16 @@ class PointDraws(NamedTuple):
     """The other points, [D, target masks of the image, P less the uncertain ones, 2]."""
 
 
+class ChosenPoints(NamedTuple):
+    """Where the masks are compared, and what the labels are there."""
+
+    points_TLP2: torch.Tensor
+    targets_TLP: torch.Tensor
+    """Bilinear share of the target's pixels around each point."""
+    valid_TLP: torch.Tensor | None
+    """Bilinear share of the pixels that count; None: all do."""
+
+
 def draw_points(
     seeds: Sequence[int],
     masks: Sequence[int],
@@ -136,3 +146,35 @@ def sample_label_shares(
         label = flat.gather(1, index).long().clamp(max=classes)
         shares.scatter_add_(1, label[:, None], weight[:, None])
     return shares
+
+
+def choose(
+    candidates_DTCX: torch.Tensor, uniform_DTPX: torch.Tensor, kept_TLU: torch.Tensor
+) -> torch.Tensor:
+    """Of things per candidate those of the kept ones, then those of the uniform points.
+
+    Args:
+        candidates_DTCX: anything per candidate; D is 1 or L.
+        uniform_DTPX: the same per uniform point.
+        kept_TLU: indices of the kept candidates.
+
+    Returns:
+        [T, L, U + P, X].
+    """
+    T, L, U = kept_TLU.shape
+    X = candidates_DTCX.shape[-1]
+    candidates = candidates_DTCX.transpose(0, 1).expand(T, L, -1, X)
+    uniform = uniform_DTPX.transpose(0, 1).expand(T, L, -1, X)
+    return torch.cat([candidates.gather(2, kept_TLU[..., None].expand(T, L, U, X)), uniform], 2)
+
+
+def shares_at(
+    masks_THW: torch.Tensor, drawn: tuple[torch.Tensor, torch.Tensor], kept_TLU: torch.Tensor
+) -> torch.Tensor:
+    """Binary masks at the chosen points, bilinearly, [T, L, P]; arguments as of `choose`."""
+    plane = masks_THW.float()[:, None]
+    sampled = (
+        torch.stack([sample_masks(plane, points_TP2)[:, 0, :, None] for points_TP2 in points])
+        for points in drawn
+    )
+    return choose(*sampled, kept_TLU)[..., 0]
