@@ -1,6 +1,6 @@
 """Measure the miniature's CLIP and SAM before they ship, on web pictures with seeds of their own.
 
-    python flows/miniature.py --stage measure_miniature
+    python flows/miniature.py --stage measure_clip
 
 SAM goes through `SamPredictor`, CLIP through the segmenter that the pipeline trains: the paths of
 the

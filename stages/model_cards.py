@@ -21,37 +21,32 @@ _ABOUT = {
 that loads it is the code that loads the real ones (`encoder.name: local-dir:FOLDER`).
 
 **Training.** Rendered streets of the `web` style (`models/miniature/`), new ones in every step.
-Three
-lessons: crops against their captions (contrastive); the words of a crop's caption against its
-patches; and
-the words of *windows* of 16 and 32 pixels of the whole view against the patches inside (found:
-every
-named word matches a patch; chosen: every patch matches a named word), on the features of strides
-8, 16 and
-32. The maps of strides 8 and 16 into the joint space are training aids and do not ship.
+Three lessons: crops against their captions (contrastive); the words of a crop's caption against its
+patches; and the words of *windows* of 16 and 32 pixels of the whole view against the patches inside
+(found: every named word matches a patch; chosen: every patch matches a named word), on the features
+of strides 8, 16 and 32. The maps of strides 8 and 16 into the joint space are training aids and do
+not ship.
 
 **What it is not.** The captions come from a renderer: they name everything that is visible, and
-those of windows
-come close to weak region labels. Text from the web tells far less. And it has seen many styles
-where the labelled source is one, as the real CLIP has. It knows some sixty words, all of
-streets.""",
-    "sam": """A small SAM in `segment_anything`'s own classes (`Sam`, `ImageEncoderViT`, \
-`PromptEncoder`, `MaskDecoder`): `config.json` holds the constructors' sizes, the weights carry the
-official names. Pictures of 64x128 fill the upper half of its 128x128 input, as SAM pads.
+those of windows come close to weak region labels. Text from the web tells far less. And it has seen
+many styles where the labelled source is one, as the real CLIP has. It knows some sixty words, all
+of streets.""",
+    "sam": """A small SAM in `segment_anything`'s own classes (`Sam`, `ImageEncoderViT`,
+`PromptEncoder`, `MaskDecoder`); the encoder's patch embedding is a stack of convolutions
+(`vit_stem`), because a transformer on bare patches learns edges slowly from few pictures.
+`config.json` holds the constructors' sizes, the weights carry the official names.
+Pictures of 64x128 fill the upper half of its 128x128 input, as SAM pads.
 
 **Training.** Rendered streets of the `web` style, new ones in every step. Regions are things,
-pieces of stuff and
-connected components of classes of at least 48 pixels; prompts are a point, several points, a box,
-a mask, or a mask with points, made from masks as wrong as a model's in a domain it never saw (mean
-IoU
-about 0.54); a share of the steps decodes twice, with the first mask and a corrective click.
-Losses: 20 x
-focal + dice on the best of three masks and on the single one, IoU prediction, and a training aid
-that does not
-ship: whether neighbouring cells show the same entity. No class is ever told.
+pieces of stuff and connected components of classes of at least 48 pixels; prompts are a point,
+several points, a box, a mask, or a mask with points, made from masks as wrong as a model's in a
+domain it never saw (mean IoU about 0.54); a share of the steps decodes twice, with the first mask
+and a corrective click. Losses: 20 x focal + dice on the best of three masks and on the single one,
+IoU prediction, and a training aid that does not ship: whether neighbouring cells show the same
+entity. No class is ever told.
 
-**What it is not.** A general segmenter: it knows rendered streets at this size. Regions below
-48 pixels were not trained.""",
+**What it is not.** A general segmenter: it knows rendered streets at this size. Regions below 48
+pixels were not trained.""",
 }
 
 
@@ -73,7 +68,7 @@ def write_card(
     numbers = manifest["summary"]["numbers"]
     section = manifest["config"][manifest["stage"]]
     facts = {
-        "Steps": numbers["steps"],
+        "Steps": f"{numbers['steps']:.0f} of a schedule of {section['steps']}",
         "Pictures": numbers["pictures"],
         "CPU hours": f"{numbers['cpu_s'] / 3600:.2f} (one thread, beside other work)",
         "Seed": manifest["seed"],
@@ -87,8 +82,7 @@ def write_card(
     lines = [
         f"# {_TITLES[network]}",
         "",
-        _ABOUT[network],
-        "",
+        *(" ".join(part.split()) + "\n" for part in _ABOUT[network].split("\n\n")),
         "## How it was made",
         "",
         "| | |",

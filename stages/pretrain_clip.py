@@ -64,10 +64,11 @@ def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
     )
     found = pretrain(both, lesson, section, seed=config.seed, out=out, progress=progress)
     save_clip(clip, tokenizer, sizes, out)
-    pictures = section.steps * section.batch_size
+    pictures = int(found["steps"]) * section.batch_size
     return Summary(
-        text=f"{section.steps} steps, {pictures} pictures, crop accuracy {found['accuracy']:.3f}",
-        numbers={"steps": section.steps, "pictures": pictures, **found},
+        text=f"{found['steps']:.0f} steps, {pictures} pictures, "
+        f"crop accuracy {found['accuracy']:.3f}",
+        numbers={"pictures": pictures, **found},
     )
 
 

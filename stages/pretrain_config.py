@@ -11,7 +11,9 @@ class PretrainSection(Section):
     """What every pre-training is told."""
 
     steps: int = Field(gt=0)
-    """Updates."""
+    """Updates of the whole schedule."""
+    stop_after: int | None = Field(None, gt=0)
+    """End after so many updates of the schedule, with their average; None: after all."""
     lr: float = Field(gt=0)
     """Learning rate of AdamW after the warm-up."""
     weight_decay: float = Field(0.05, ge=0)

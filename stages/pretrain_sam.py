@@ -52,10 +52,10 @@ def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
     )
     sam.eval()
     save_sam(sam, out)
-    pictures = section.steps * section.batch_size
+    pictures = int(found["steps"]) * section.batch_size
     return Summary(
-        text=f"{section.steps} steps, {pictures} pictures, IoU in training {found['iou']:.3f}",
-        numbers={"steps": section.steps, "pictures": pictures, **found},
+        text=f"{found['steps']:.0f} steps, {pictures} pictures, IoU in training {found['iou']:.3f}",
+        numbers={"pictures": pictures, **found},
     )
 
 

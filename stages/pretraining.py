@@ -34,7 +34,7 @@ def pretrain(
 ) -> dict[str, float]:
     """Train to `config.steps`, from the newest checkpoint in `out/state` where there is one.
 
-    The network holds the averaged weights afterwards. Returns CPU seconds and last metrics.
+    The network holds the averaged weights afterwards. Returns last metrics, steps and CPU seconds.
 
     Raises:
         TrainingError: a loss or the gradient is not finite; the update is not made.
@@ -42,6 +42,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(_groups(network, config), lr=config.lr, betas=(0.9, 0.98))
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     checkpoints, metrics = Checkpoints(out / "state"), Metrics(out / "logs" / "metrics.jsonl")
+
+    last = min(config.steps, config.stop_after or config.steps)
 
     # 1. Go on where an interrupted attempt left off.
     first, spent_s = 0, 0.0
@@ -54,17 +56,17 @@ def pretrain(
         optimizer.load_state_dict(state["optimizer"])
         spent_s, row = state["cpu_s"], state["row"]
     metrics.cut(first)
-    progress.start(config.steps, "steps", done=first)
+    progress.start(last, "steps", done=first)
 
     # 2. Step by step.
     started_s = process_time()
     seen: list[dict[str, float]] = []
-    for step in range(first, config.steps):
+    for step in range(first, last):
         values = _update(network, optimizer, losses, config, seed, step)
         _follow(average, network, min(config.ema_decay, (1 + step) / (10 + step)))
         seen.append(values)
         cpu_s = spent_s + process_time() - started_s
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+        if (step + 1) % config.log_every == 0 or step + 1 == last:
             row = {name: fmean(values[name] for values in seen) for name in values}
             metrics.write({"step": step + 1, **row, "cpu_s": cpu_s})
             seen = []
@@ -77,7 +79,7 @@ def pretrain(
     # 3. What is shipped is the average; the state to resume from has done its duty.
     network.load_state_dict(average)
     checkpoints.clear()
-    return {**row, "cpu_s": spent_s + process_time() - started_s}
+    return {**row, "steps": max(first, last), "cpu_s": spent_s + process_time() - started_s}
 
 
 def learning_rate_factor(config: PretrainSection, step: int) -> float:
