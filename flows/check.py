@@ -92,7 +92,7 @@ def _weights(instance: Instance, field: str) -> Finding | None:
     for part in field.split("."):
         section, parent = getattr(section, part), section
     reference = section
-    if reference is None or reference in _NOT_WEIGHTS:
+    if reference is None or reference in _NOT_WEIGHTS or not _is_used(instance, parent):
         return None
     local = weights_path(reference)
     if local is not None:
@@ -102,6 +102,15 @@ def _weights(instance: Instance, field: str) -> Finding | None:
     if "/" not in reference:
         return None
     return _hub(field, reference, getattr(parent, "revision", None))
+
+
+def _is_used(instance: Instance, section: Any) -> bool:
+    """Whether this run loads the section's weights itself."""
+    if instance.stage == "write_prompts":
+        return section.server is None
+    if instance.stage == "synthesize":
+        return section.mode == "paint"
+    return True
 
 
 def _hub(field: str, repository: str, revision: str | None) -> Finding:

@@ -17,6 +17,7 @@ from flows.pipeline import Instance, select
 from flows.recipes import ConfigError, load_recipe
 from flows.store import Store, StoreError
 from stages.contracts import STAGE_NAMES
+from stages.launch import be_patient
 
 DEFAULT_RECIPE = "miniature"
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_WOULD_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done or up to date, 1 a stage failed, 2 a user's mistake, 3 `plan` found work, 130 Ctrl-C.
     """
+    be_patient()
     arguments = _parser().parse_args(_with_default_verb(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:

@@ -64,8 +64,9 @@ def confusion_matrix(
             "resize the predictions to the labels"
         )
     side = num_classes + 1
-    rows = labels.flatten().long().clamp(max=num_classes)
-    columns = predictions.flatten().long().clamp(max=num_classes)
+    small = torch.int16 if side**2 <= torch.iinfo(torch.int16).max else torch.int64
+    rows = labels.flatten().clamp(max=num_classes).to(small)
+    columns = predictions.flatten().clamp(max=num_classes)
     return torch.bincount(rows * side + columns, minlength=side**2).view(side, side)
 
 

@@ -53,6 +53,8 @@ USER_ERRORS: dict[str, type[Exception]] = {
 RANKED_VERBS = frozenset({"stages.train_source", "stages.self_train"})
 """Stages that share their work among `run.processes` processes."""
 
+PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment of everything that computes, see `be_patient`."""
 GRACE_S = 5.0
 """Time between asking a process group to end and killing it."""
 PARENT_CHECK_S = 0.2
@@ -65,6 +67,16 @@ class StageFailed(RuntimeError):
 
 class StageKilled(StageFailed):
     """A signal ended a stage's process, for want of memory perhaps."""
+
+
+def be_patient() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user chose otherwise.
+
+    By default they spin: on a machine that is busy with other work, two threads then took ten
+    times as long as one. Counts only for what is started, or imports torch, afterwards.
+    """
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
 
 
 def execute(spec: Spec, progress: Progress) -> Summary:
@@ -154,7 +166,7 @@ def _process_group(spec_path: Path, keep_fds: Sequence[int]) -> Iterator[subproc
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**PATIENCE, **os.environ, "PYTHONPATH": path},
         pass_fds=tuple(keep_fds),
         start_new_session=True,
     )
