@@ -187,13 +187,27 @@ def select(
             )
         return _one_stage(ordered, stage, round, leg)
     if leg is not None:
-        ordered = [instance for instance in ordered if instance.leg in (None, leg)]
+        ordered = _needed_by_leg(ordered, leg)
     names = [instance.stage for instance in ordered]
+    for name in (from_stage, until_stage):
+        if name is not None and name not in names:
+            raise ConfigError(
+                f"leg {leg!r} does not need {name}: it has {', '.join(dict.fromkeys(names))}."
+            )
     first = names.index(from_stage) if from_stage else 0
     last = len(names) - names[::-1].index(until_stage) if until_stage else len(names)
     if first >= last:
         raise ConfigError(f"--from {from_stage} --until {until_stage} selects nothing.")
     return ordered[first:last]
+
+
+def _needed_by_leg(ordered: list[Instance], leg: str) -> list[Instance]:
+    """The leg's own instances and everything they are made of (so no report: it needs all legs)."""
+    needed = {instance.name for instance in ordered if instance.leg == leg}
+    for instance in reversed(ordered):
+        if instance.name in needed:
+            needed.update(entry.instance for entry in instance.inputs)
+    return [instance for instance in ordered if instance.name in needed]
 
 
 def _one_stage(
@@ -206,8 +220,6 @@ def _one_stage(
         raise ConfigError(f"{stage} has no round {round_} in this recipe: {there}.")
     wanted = round_ if round_ is not None else (rounds[-1] if rounds else None)
     found = [i for i in found if i.round == wanted and (leg is None or i.leg in (None, leg))]
-    if leg is not None and not any(i.leg == leg for i in found):
-        shared = ", ".join(i.name for i in found) or "nothing"
-        if not found:
-            raise ConfigError(f"{stage} has no leg {leg!r}: {shared}.")
+    if not found:
+        raise ConfigError(f"{stage} has no leg {leg!r} in this recipe.")
     return found

@@ -111,6 +111,20 @@ def test_a_stage_without_round_means_its_last():
     assert [i.name for i in select(instances, stage="train_source")] == ["train_source"]
 
 
+def test_a_leg_alone_is_what_it_owns_and_what_that_is_made_of():
+    instances = build(load_recipe("camvid"))
+    assert [instance.name for instance in select(instances, leg="control")] == [
+        "prepare",
+        "train_source",
+        "self_train@1#control",
+        "evaluate@1#control",
+    ]
+    for leg in ("raw", "refined"):
+        chosen = select(instances, leg=leg)
+        made = {instance.name for instance in chosen}
+        assert all(entry.instance in made for i in chosen for entry in i.inputs)
+
+
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
@@ -121,6 +135,7 @@ def test_a_stage_without_round_means_its_last():
         ({"round": 1}, "--round goes with --stage"),
         ({"stage": "refine", "from_stage": "prepare"}, "does not go with"),
         ({"from_stage": "report", "until_stage": "prepare"}, "selects nothing"),
+        ({"leg": "control", "from_stage": "refine"}, "leg 'control' does not need refine"),
     ],
 )
 def test_wrong_selections_are_explained(chosen, said):
