@@ -201,7 +201,7 @@ def _locate(name: str, *, beside: Path | None) -> Path:
     files = recipe_files()
     if name in files:
         return files[name]
-    candidates = [Path(name)] + ([beside / name] if beside else [])
+    candidates = ([beside / name] if beside else []) + [Path(name)]
     for path in candidates:
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path.resolve()
