@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.config import EncoderConfig, TextConfig, TuningConfig
+from models.config import EncoderConfig, TextConfig, TuningConfig, weights_path
 from models.encoders import (
     CLIP_MEAN,
     CLIP_STD,
@@ -282,7 +282,7 @@ def build_sam(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Enc
     trunk = ImageEncoderViT(**options)
     encoder = SamEncoder(trunk, features=config.features, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if load and config.weights:
-        path = Path(config.weights)
+        path = weights_path(config.weights) or Path(config.weights)
         if not path.is_file():
             raise FileNotFoundError(f"encoder.weights: there is no file {path}")
         load_trunk(trunk, torch.load(path, map_location="cpu", weights_only=True), "image_encoder.")
