@@ -14,7 +14,7 @@ from typing import Any
 from flows import console
 from flows.engine import Engine, MissingNeedError, StageError
 from flows.pipeline import Instance, select
-from flows.recipes import ConfigError, load_recipe
+from flows.recipes import ConfigError, load_recipe, nearest
 from flows.store import Store, StoreError
 from stages.contracts import STAGE_NAMES
 from stages.launch import be_patient
@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done or up to date, 1 a stage failed, 2 a user's mistake, 3 `plan` found work, 130 Ctrl-C.
     """
     be_patient()
-    arguments = _parser().parse_args(_with_default_verb(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        words = _with_default_verb(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(words)
         return arguments.do(arguments)
     except (ConfigError, MissingNeedError, StoreError) as error:
         console.error(str(error))
@@ -58,11 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:  # a full disk, a folder that may not be read
+        console.error(
+            f"{error}. Nothing finished is lost; mend that, and the same command goes on."
+        )
+        return EXIT_FAILED
 
 
 def _with_default_verb(argv: Sequence[str]) -> list[str]:
     if argv and (argv[0] in _VERBS or argv[0] in {"-h", "--help", "--version"}):
         return list(argv)
+    if argv and not argv[0].startswith("-"):
+        raise ConfigError(f"unknown command {argv[0]!r}{nearest(argv[0], _VERBS)}")
     return ["run", *argv]
 
 

@@ -316,11 +316,28 @@ class Engine:
         return " ".join(words)
 
     def _pinned(self, name: str) -> Artifact | None:
+        """The adopted artifact that stands in for an instance, or None.
+
+        Raises:
+            StoreError: it is damaged, and no stage makes it again.
+        """
         key = self.store.pins().get(name)
         if key is None:
             return None
         folder = self.store.folder(name, key)
-        return Artifact(name=name, key=key, folder=folder, manifest=self.store.manifest(folder))
+        try:
+            manifest = self.store.manifest(folder)
+            problem = _say_problems(self.store.problems(folder, manifest))
+        except StoreError as error:
+            problem = str(error)
+        if problem:
+            stage = self.instances[name].stage
+            raise StoreError(
+                f"what was adopted for {name} is damaged ({problem}). Adopt it again, or let the "
+                f"stage's own output count: clouds adopt {stage} --undo --recipe "
+                f"{self.recipe.name} (with --round and --leg, if there are several)."
+            )
+        return Artifact(name=name, key=key, folder=folder, manifest=manifest)
 
     def _is_forced(self, instance: Instance) -> bool:
         wanted = bool(self.force & {instance.name, instance.stage})

@@ -58,13 +58,22 @@ def status(store: Store) -> Status:
         }
         for manifest in sorted(newest.values(), key=lambda manifest: manifest["finished"])
     ]
-    runs = store.runs()
+    unfinished = list(_unfinished(store))
     return Status(
-        last_run=_read(runs[-1]) if runs else None,
+        last_run=_last_run(store, busy=any(entry["held_by"] for entry in unfinished)),
         artifacts=artifacts,
-        unfinished=list(_unfinished(store)),
+        unfinished=unfinished,
         failures=list(_failures(store)),
     )
+
+
+def _last_run(store: Store, *, busy: bool) -> dict[str, Any] | None:
+    """The newest run's record. A killed run could not write its end: nobody works for it."""
+    runs = store.runs()
+    run = _read(runs[-1]) if runs else None
+    if run and run["status"] == "running" and not busy:
+        run["status"] = "stopped (killed; the same command goes on)"
+    return run
 
 
 def _unfinished(store: Store) -> Iterator[dict[str, Any]]:
@@ -96,9 +105,9 @@ def locate(store: Store, what: str) -> tuple[Path, dict[str, Any]]:
     if len(found) > 1:
         names = ", ".join(f"{folder.parent.name} {folder.name}" for folder in found[:_MANY])
         raise ConfigError(f"{what!r} is the beginning of several keys: {names}.")
-    newest = store.newest(what)
+    names = {folder.parent.name for folder in store.artifacts()}
+    newest = store.newest(what) if what in names else None
     if newest is None:
-        names = {folder.parent.name for folder in store.artifacts()}
         raise ConfigError(f"no artifact {what!r} in {store.root}{nearest(what, names)}")
     return store.folder(what, newest["key"]), newest
 

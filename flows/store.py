@@ -403,14 +403,21 @@ def listing_digest(folders: list[Path], base: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:KEY_CHARS]
 
 
-def _list_into(lines: list[str], folder: str, base: str) -> None:
+def _list_into(
+    lines: list[str], folder: str, base: str, inside: frozenset[str] = frozenset()
+) -> None:
+    """Add a line for every file; `inside` holds the real paths of the folders around this one."""
+    real = os.path.realpath(folder)
+    if real in inside:  # a link that leads back
+        return
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                _list_into(lines, entry.path, base)
-            else:
+                _list_into(lines, entry.path, base, inside | {real})
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
                 stat = entry.stat()
                 name = os.path.relpath(entry.path, base)
                 lines.append(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}")
@@ -495,7 +502,7 @@ def _fsync_folder(folder: Path) -> None:
 
 def _fsync_tree(folder: Path) -> None:
     """Bring everything below a folder to the disk: file by file, or all at once if many."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
+    paths = [folder, *folder.rglob("*")]
     if len(paths) > _FSYNC_EACH_MAX:
         os.sync()
         return
@@ -505,4 +512,3 @@ def _fsync_tree(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    _fsync_folder(folder)

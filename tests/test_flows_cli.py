@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, its exit codes, and mistakes explained."""
 
+import errno
 import json
 import shutil
 
@@ -197,6 +198,23 @@ def test_adopted_prompts_and_pictures_stand_in_until_undone(streets, capsys, tmp
     assert capsys.readouterr().out.count("adopted from") == 1
 
 
+def test_damage_to_what_was_adopted_is_named_with_a_way_out(streets, capsys, tmp_path):
+    _, arguments = streets
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A street in the rain.\n")
+    assert main(["adopt", "write_prompts", str(prompts), *arguments]) == 0
+    store = Store(tmp_path / "artifacts")
+    folder = store.folder("write_prompts", store.pins()["write_prompts"])
+    (folder / "prompts.jsonl").unlink()
+    capsys.readouterr()
+    assert main(["plan", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "prompts.jsonl is missing" in said
+    assert "adopt write_prompts --undo" in said
+    assert main(["adopt", "write_prompts", "--undo", *arguments]) == 0
+    assert main(["plan", *arguments]) == 3
+
+
 @pytest.mark.parametrize(
     ("stage", "content", "said"),
     [
@@ -237,6 +255,31 @@ def test_config_show_prints_what_can_be_read_again(streets, capsys, tmp_path):
     assert main(["config", "validate", "--recipe", str(again)]) == 0
     assert main(["config", "schema"]) == 0
     assert "train_source" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plna"], "unknown command 'plna'; did you mean 'plan'"),
+        (["show", "/etc"], "no artifact '/etc'"),
+        (["show", "../numbers"], "no artifact '../numbers'"),
+    ],
+)
+def test_words_that_mean_nothing_are_explained(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.setenv("CLOUDS_ARTIFACTS", str(tmp_path))
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_disk_that_refuses_is_told_without_a_traceback(streets, capsys, monkeypatch):
+    _, arguments = streets
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flows.store.Store.commit", full)
+    assert prepare(arguments) == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_status_of_nothing_says_so(tmp_path, capsys):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from flows.engine import MissingNeedError, StageError
+from flows.inspection import status
 from flows.pipeline import select
 from flows.recipes import ConfigError
 from flows.runs import run
-from flows.store import Store, StoreError
+from flows.store import Store, StoreError, listing_digest
 from tests.toy_pipeline import Ears, engine, in_child, in_process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +166,21 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
     assert "sum.txt is unsafe" in actions(tmp_path)["sum"].reason
 
 
+def test_links_that_lead_nowhere_or_back_hide_nothing_from_a_listing(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_text("x")
+        (tmp_path / f"link_{number}").symlink_to(tmp_path / "nothing")
+    (tmp_path / "deeper" / "back").symlink_to(tmp_path)
+    before = listing_digest([tmp_path], tmp_path)
+    assert listing_digest([tmp_path], tmp_path) == before
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_text("longer")
+        after = listing_digest([tmp_path], tmp_path)
+        assert after != before
+        before = after
+
+
 def test_a_failed_stage_keeps_its_error_and_its_shards(tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_FAIL_AT", "7")
     with pytest.raises(StageError, match="item 7 is bad") as caught:
@@ -280,6 +296,16 @@ def test_kill_9_loses_nothing_and_needs_no_unlock(tmp_path, executor):
     resumed = [line for line in ears.said if line.endswith("/12 numbers")]
     assert int(resumed[0].split("/")[0]) >= 6
     assert digests(root) == digests(tmp_path / "undisturbed")
+
+
+def test_a_killed_run_is_not_said_to_be_running(tmp_path):
+    store = Store(tmp_path)
+    store.open()
+    store.write_run({"id": "1", "recipe": "toy", "status": "running"})
+    assert status(store).last_run["status"].startswith("stopped")
+    store.staging("numbers", "key").mkdir(parents=True)
+    with store.lock("numbers", "key", waiting=print):
+        assert status(store).last_run["status"] == "running"
 
 
 def test_a_child_that_is_killed_fails_the_stage_and_resumes(tmp_path, monkeypatch):
