@@ -183,13 +183,16 @@ def _read(name: str, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"recipe {name!r} extends itself: {chain}.")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, this is a {type(tree)}.")
     bases = tree.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends is {bases!r}; expected a recipe's name, or a list.")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         inherited = _read(base, seen=(*seen, path))
         inherited.pop("name", None)
         inherited.pop("description", None)

@@ -28,6 +28,12 @@ class Section(BaseModel):
     )
 
 
+_TAKEN_NAMES = {
+    "roots": "is a file beside the indexes (roots.json)",
+    "painted": "begins the ids of painted pictures",
+}
+
+
 class DatasetConfig(Section):
     """One data set on disk."""
 
@@ -48,6 +54,13 @@ class DatasetConfig(Section):
     """Name of the raw-id map in the label space file; None: the layout's usual one."""
     limit: int | None = Field(None, gt=0)
     """Take this many samples, evenly spaced over the sorted ones; None: all."""
+
+    @field_validator("name")
+    @classmethod
+    def _free_name(cls, name: str) -> str:
+        if name in _TAKEN_NAMES:
+            raise ValueError(f"{name!r} {_TAKEN_NAMES[name]}: give the data set another name")
+        return name
 
 
 class DataConfig(Section):
@@ -430,7 +443,7 @@ class RoundsConfig(Section):
 class RunConfig(Section):
     """Where and how a run happens; nothing here changes a result."""
 
-    device: Annotated[str, NOT_IN_KEY] = "auto"
+    device: Annotated[str, NOT_IN_KEY] = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda, cuda:N."""
     processes: Annotated[int, NOT_IN_KEY] = Field(1, gt=0)
     """Training processes on this machine (through accelerate)."""

@@ -198,7 +198,8 @@ def labelspace_file(name: str) -> Path:
 
 def _data_externals(recipe: Any) -> dict[str, External]:
     labels = labelspace_file(recipe.data.labels)
-    found = {"labels": External(base=labels.parent, paths=(labels,))}
+    # with a space: no data set can have this name
+    found = {"label space": External(base=labels.parent, paths=(labels,))}
     for dataset in _all_datasets(recipe):
         if not dataset.root.startswith(WORLD_PREFIX):
             root = dataset_root(dataset, recipe.data.root).absolute()
@@ -304,7 +305,7 @@ CONTRACTS: tuple[Contract, ...] = (
             Need(role="labels", stage="pseudo_label"),
         ),
         rounds=lambda recipe: True,
-        weights=("select.clip",),
+        weights=("select.clip", "select.clip_weights"),
         exists=_in_rounds,
     ),
     Contract(

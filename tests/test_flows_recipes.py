@@ -2,8 +2,10 @@
 
 import pytest
 
+from flows.keys import differences, ingredients
 from flows.pipeline import build, select
 from flows.recipes import ConfigError, load_recipe, merge, recipe_files
+from flows.store import Store
 
 
 def write(folder, name, text):
@@ -63,6 +65,11 @@ def test_overrides_reach_values_sections_and_list_entries(tmp_path):
         ("legs: {a: {refine.pionts: 3}}", [], r"leg 'a' .*'refine.pionts'; did you mean 'points'"),
         ("rounds: {overrides: {1: {refine.points: 0}}}", [], r"round 1 .*refine.points = 0"),
         ("legs: {'a b': {}}", [], r"letters, digits"),
+        ("extends: 5", [], r"extends is 5; expected a recipe's name"),
+        ("extends: [tiny, 5]", [], r"extends is \['tiny', 5\]"),
+        ("data: {sources: [{name: roots, root: b}]}", [], r"'roots' is a file .*another name"),
+        ("data: {sources: [{name: painted, root: b}]}", [], r"'painted' begins the ids"),
+        ("run: {device: gpu}", [], r"run.device = 'gpu'"),
         ("segmenter: {decoder: {width: 30}}", [], r"decoder.width 30"),
     ],
 )
@@ -70,6 +77,13 @@ def test_mistakes_are_named_with_place_and_way_out(tmp_path, text, overrides, sa
     path = write(tmp_path, "r", text or "seed: 1\ndata: {sources: []}")
     with pytest.raises(ConfigError, match=said):
         load_recipe(path, overrides)
+
+
+def test_a_recipe_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes("title: Stra\u00dfe".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"r\.yaml: no YAML"):
+        load_recipe(str(path))
 
 
 def test_an_unknown_recipe_names_the_nearest():
@@ -141,3 +155,24 @@ def test_a_leg_alone_is_what_it_owns_and_what_that_is_made_of():
 def test_wrong_selections_are_explained(chosen, said):
     with pytest.raises(ConfigError, match=said):
         select(build(load_recipe("camvid")), **chosen)
+
+
+def test_weights_and_label_space_count_in_the_keys(tmp_path):
+    """Whatever file a section names, another content is another key."""
+    weights = tmp_path / "clip.pt"
+    space = tmp_path / "own.yaml"
+    settings = [f"select.clip_weights={weights}", f"data.labels={space}"]
+    settings += ["data.sources.0.name=labels", f"data.root={tmp_path}"]
+    recipe = load_recipe("camvid", settings)
+
+    def found(stage):
+        weights.write_text("first")
+        space.write_text("first")
+        instance = build(recipe)[stage]
+        first = ingredients(instance, {}, Store(tmp_path / "a"))
+        weights.write_text("second")
+        space.write_text("second")
+        return list(differences(first, ingredients(instance, {}, Store(tmp_path / "b"))))
+
+    assert any("select.clip_weights" in line for line in found("select@1"))
+    assert found("prepare") == ["files of label space changed"]
