@@ -69,11 +69,20 @@ def _pictures(path: Path, out: Path, progress: Progress) -> Summary:
         kinds = ", ".join(sorted(_PICTURES))
         raise ValueError(f"no pictures ({kinds}) below {path}.")
 
+    def id_of(file: Path) -> str:
+        return file.relative_to(path).with_suffix("").as_posix().replace("/", "__")
+
+    owners: dict[str, Path] = {}
+    for file in files:
+        first = owners.setdefault(id_of(file), file)
+        if first != file:
+            raise ValueError(f"{first} and {file} would both be {id_of(file)!r}: rename one.")
+
     def work(chunk: Sequence[Path], folder: Path) -> Sequence[Row]:
         rows = []
         for file in chunk:
             read_image(file)
-            stem = file.relative_to(path).with_suffix("").as_posix().replace("/", "__")
+            stem = id_of(file)
             name = stem + file.suffix.lower()
             shutil.copyfile(file, folder / name)
             rows.append({"id": stem, "file": name, "prompt_id": None, "prompt": None})

@@ -198,6 +198,17 @@ def test_adopted_prompts_and_pictures_stand_in_until_undone(streets, capsys, tmp
     assert capsys.readouterr().out.count("adopted from") == 1
 
 
+def test_pictures_that_would_share_an_id_are_not_adopted(streets, capsys, tmp_path):
+    _, arguments = streets
+    picture = next((tmp_path / "data").rglob("*_leftImg8bit.png"))
+    pictures = tmp_path / "pictures"
+    (pictures / "a").mkdir(parents=True)
+    shutil.copyfile(picture, pictures / "a" / "b.png")
+    shutil.copyfile(picture, pictures / "a__b.png")
+    assert main(["adopt", "synthesize", str(pictures), *arguments]) == 2
+    assert "would both be 'a__b'" in capsys.readouterr().err
+
+
 def test_damage_to_what_was_adopted_is_named_with_a_way_out(streets, capsys, tmp_path):
     _, arguments = streets
     prompts = tmp_path / "prompts.txt"
