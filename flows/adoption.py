@@ -2,20 +2,32 @@
 
 clouds adopt synthesize my_pictures/ --recipe camvid
 clouds adopt synthesize --undo --recipe camvid
+clouds import theirs.pth --recipe clouds_convnext_l_gta5_released
 """
 
 import datetime
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flows import provenance
 from flows.engine import Engine, MissingNeedError
+from flows.keys import key_part
 from flows.pipeline import Instance
-from flows.recipes import ConfigError
+from flows.recipes import ConfigError, nearest
 from flows.store import key_of
+from stages.contracts import Summary, labelspace_file
+
+_IMPORTABLE = ("train_source", "self_train")
 
 
-class _Silent:
+class _Teller:
+    """Progress of which only the notes are told."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
         pass
 
@@ -23,7 +35,7 @@ class _Silent:
         pass
 
     def note(self, text: str) -> None:
-        pass
+        self._say(text)
 
 
 def adopt(engine: Engine, instance: Instance, path: Path) -> str:
@@ -37,11 +49,86 @@ def adopt(engine: Engine, instance: Instance, path: Path) -> str:
     """
     from stages.adoption import adopt as take_over
 
-    store, name = engine.store, instance.name
-    store.open()
+    engine.store.open()
     if not path.exists():
         raise ConfigError(f"nothing to adopt at {path}.")
-    found = {"stage": instance.stage, "adopted": store.outside_digest(path)}
+    found = {"stage": instance.stage, "adopted": engine.store.outside_digest(path)}
+    silent = _Teller(lambda text: None)
+    return _stand_in(
+        engine,
+        instance,
+        path,
+        verb="adopt",
+        found=found,
+        make=lambda out: take_over(instance.stage, path, out=out, progress=silent),
+    )
+
+
+def import_checkpoint(
+    engine: Engine, instance: Instance, path: Path, *, say: Callable[[str], None]
+) -> str:
+    """Convert a published system's checkpoint into one of ours, as the instance's output.
+
+    Args:
+        engine: of the recipe whose `segmenter` the file is a checkpoint of.
+        instance: of train_source or self_train.
+        path: the authors' file.
+        say: told the report of all names, line by line.
+
+    Returns:
+        A line for people.
+
+    Raises:
+        ConfigError: another stage, no such file, or a file that does not fit as a whole.
+    """
+    from stages.adoption import import_checkpoint as convert
+
+    if instance.stage not in _IMPORTABLE:
+        raise ConfigError(
+            f"{instance.stage} leaves no checkpoint to import{nearest(instance.stage, _IMPORTABLE)}"
+        )
+    store, recipe = engine.store, instance.recipe
+    store.open()
+    if not path.is_file():
+        raise ConfigError(f"there is no checkpoint file {path}.")
+    step = recipe.train_source.steps + (instance.round or 0) * recipe.self_train.steps
+    labels = labelspace_file(recipe.data.labels)
+    found = {
+        "stage": instance.stage,
+        "imported": store.outside_digest(path),
+        "segmenter": key_part(recipe.segmenter),
+        "labels": store.outside_digest(labels) if labels.exists() else "missing",
+        "step": step,
+    }
+    return _stand_in(
+        engine,
+        instance,
+        path,
+        verb="import",
+        found=found,
+        make=lambda out: convert(
+            path,
+            segmenter=recipe.segmenter,
+            labels=recipe.data.labels,
+            step=step,
+            out=out,
+            progress=_Teller(say),
+        ),
+    )
+
+
+def _stand_in(
+    engine: Engine,
+    instance: Instance,
+    path: Path,
+    *,
+    verb: str,
+    found: Mapping[str, Any],
+    make: Callable[[Path], Summary],
+) -> str:
+    """Commit what `make` writes, and let it stand in for the instance's own output."""
+    store, name = engine.store, instance.name
+    done = f"{verb}ed"
     key, clock = key_of(found), time.perf_counter()
     with store.lock(name, key, waiting=lambda who: None):
         staging = store.staging(name, key)
@@ -49,10 +136,10 @@ def adopt(engine: Engine, instance: Instance, path: Path) -> str:
             store.trash(staging)
         staging.mkdir(parents=True)
         try:
-            summary = take_over(instance.stage, path, out=staging, progress=_Silent())
+            summary = make(staging)
         except (ValueError, OSError) as error:
             store.trash(staging)
-            raise ConfigError(f"cannot adopt {path} as {name}: {error}") from error
+            raise ConfigError(f"cannot {verb} {path} as {name}: {error}") from error
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         manifest = {
             "instance": name,
@@ -67,7 +154,7 @@ def adopt(engine: Engine, instance: Instance, path: Path) -> str:
             "recipe": engine.recipe.name,
             "seed": engine.recipe.seed,
             "precision": engine.recipe.precision,
-            "summary": {"text": f"adopted: {summary.text}", "numbers": dict(summary.numbers)},
+            "summary": {"text": f"{done}: {summary.text}", "numbers": dict(summary.numbers)},
             "work": {},
             "started": now,
             "finished": now,
@@ -76,7 +163,8 @@ def adopt(engine: Engine, instance: Instance, path: Path) -> str:
         }
         store.commit(name, key, manifest)
         store.pin(name, key)
-    return f"{name}: adopted {summary.text} from {path} (key {key}); undo with --undo."
+    undone = f"clouds adopt {instance.stage} --undo"
+    return f"{name}: {done} {summary.text} from {path} (key {key}); undo with {undone}."
 
 
 def undo(engine: Engine, instance: Instance) -> str:

@@ -191,6 +191,20 @@ def _adopt_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    _store_options(parser)
+    parser.add_argument("file", metavar="FILE", help="CLOUDS, Rein or VLTSeg: the authors' file")
+    parser.add_argument(
+        "--stage",
+        default="train_source",
+        metavar="STAGE",
+        help="whose output it becomes: train_source (default) or self_train",
+    )
+    parser.add_argument("--round", type=int, metavar="R")
+    parser.add_argument("--leg", metavar="LEG")
+
+
 def _check_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
     _store_options(parser)
@@ -316,6 +330,19 @@ def _only_one(found: list[Instance]) -> list[Instance]:
     return found
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    from flows.adoption import import_checkpoint
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    engine = Engine(recipe=recipe, store=Store(Path(arguments.artifacts)))
+    (instance,) = _only_one(
+        select(engine.instances, stage=arguments.stage, round=arguments.round, leg=arguments.leg)
+    )
+    file = Path(arguments.file)
+    console.say(import_checkpoint(engine, instance, file, say=console.say))
+    return EXIT_OK
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from flows.check import everything
 
@@ -355,6 +382,7 @@ _VERBS: dict[str, tuple[str, _Options, _Do]] = {
     "show": ("Show an artifact, and its lineage up and down.", _show_options, _show),
     "verify": ("Check artifacts against their manifests.", _verify_options, _verify),
     "adopt": ("Take something made elsewhere as a stage's output.", _adopt_options, _adopt),
+    "import": ("Convert a published system's checkpoint into ours.", _import_options, _import),
     "check": ("Look at everything a run needs, without running.", _check_options, _check),
     "recipes": ("List the shipped recipes.", _no_options, _recipes),
     "config": ("Show, validate or describe a recipe's settings.", _config_options, _config),

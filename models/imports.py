@@ -6,7 +6,7 @@ accounted for, and a partial match is refused.
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -174,14 +174,29 @@ class ImportReport:
     """How the translated tensors fit what our checkpoint stores."""
     left_out: tuple[str, ...]
     """Foreign names that are not needed."""
-    verified: int
+    strange: tuple[str, ...] = ()
+    """Foreign names that no rule knows."""
+    verified: int = 0
     """Frozen tensors of the file that equal the configured pre-trained weights."""
+
+    @property
+    def complete(self) -> bool:
+        """Every tensor that we need was found, and every one of the file is accounted for."""
+        return self.keys.complete and not self.strange
 
     def __str__(self) -> str:
         return (
             f"{self.origin} checkpoint: {self.keys}; {self.verified} frozen tensors verified; "
             f"{len(self.left_out)} not needed"
         )
+
+
+class PartialMatchError(ValueError):
+    """A checkpoint that does not fit as a whole; `report` says all of it."""
+
+    def __init__(self, message: str, report: ImportReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def import_segmenter(
@@ -195,13 +210,11 @@ def import_segmenter(
         class_names: classes in the order of train ids.
 
     Raises:
-        ValueError: names that no rule knows, tensors that are missing or misshapen, or frozen
-            weights that differ from those of the config.
+        PartialMatchError: names that no rule knows, tensors that are missing or misshapen.
+        ValueError: names of none of the known systems, or frozen weights that differ from those
+            of the config.
     """
     translation = translate(read_state(path))
-    if translation.strange:
-        listed = ", ".join(translation.strange[:8])
-        raise ValueError(f"{path}: {len(translation.strange)} unknown names: {listed}")
     segmenter = build_segmenter(config, class_names=class_names)
     stored, whole = saved_state(segmenter), segmenter.state_dict()
     needed = {n: v for n, v in translation.state.items() if n in stored or n not in whole}
@@ -209,17 +222,21 @@ def import_segmenter(
         origin=translation.origin,
         keys=compare_keys(needed, stored),
         left_out=translation.left_out,
-        verified=verify_frozen(path, translation.state, whole, stored),
+        strange=translation.strange,
     )
-    if not report.keys.complete:
+    if report.strange:
+        listed = ", ".join(report.strange[:8])
+        raise PartialMatchError(f"{path}: {len(report.strange)} unknown names: {listed}", report)
+    if not report.complete:
         hint = ""
         if config.encoder.weights is None and any("encoder." in n for n in report.keys.missing):
             hint = "; the file has no encoder: name its pre-trained weights in encoder.weights"
-        raise ValueError(f"{path} does not fit the segmenter: {report}{hint}")
+        raise PartialMatchError(f"{path} does not fit the segmenter: {report}{hint}", report)
+    verified = verify_frozen(path, translation.state, whole, stored)
     with torch.no_grad():
         for name, value in needed.items():
             stored[name].copy_(value)
-    return segmenter.eval(), report
+    return segmenter.eval(), replace(report, verified=verified)
 
 
 def verify_frozen(

@@ -1,14 +1,22 @@
 """Taking over what was made elsewhere: checked, and brought into the form a stage leaves.
 
 clouds adopt train_source runs/best/ --recipe miniature
+clouds import theirs.pth --recipe clouds_convnext_l_gta5_released
 """
 
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from models.config import SegmenterConfig
 from stages.contracts import Progress, Summary
-from stages.shards import Row, read_jsonl, write_jsonl, write_shards
+from stages.labels import load_labelspace
+from stages.shards import Row, file_digest, read_jsonl, write_json, write_jsonl, write_shards
+
+if TYPE_CHECKING:
+    from models.imports import ImportReport
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _SHARD_SIZE = 500
@@ -41,6 +49,84 @@ def adopt(stage: str, path: Path, *, out: Path, progress: Progress) -> Summary:
         f"the output of {stage!r} cannot be adopted; known: train_source, self_train (a "
         f"checkpoint's folder), synthesize (a folder of pictures), write_prompts (a file)."
     )
+
+
+def import_checkpoint(
+    path: Path,
+    *,
+    segmenter: SegmenterConfig,
+    labels: str,
+    step: int,
+    out: Path,
+    progress: Progress,
+) -> Summary:
+    """Convert a published system's checkpoint into one of ours, as `train_source` leaves it.
+
+    The report of all names is told line by line, whether or not the file fits; the matched names
+    are in `import.json` beside the checkpoint.
+
+    Args:
+        path: the authors' file.
+        segmenter: what it is a checkpoint of.
+        labels: label space of its classes: a name or a YAML file.
+        step: optimizer steps behind the weights.
+        out: empty folder for the outputs.
+        progress: told the report.
+
+    Raises:
+        FileNotFoundError: there is no such file, or weights that the config names are missing.
+        ValueError: the file is of none of the known systems, or does not fit as a whole.
+    """
+    from models.checkpoints import load_segmenter, save_segmenter
+    from models.imports import PartialMatchError, import_segmenter
+
+    space = load_labelspace(labels)
+    progress.start(1, "checkpoints")
+    try:
+        network, report = import_segmenter(path, config=segmenter, class_names=space.names)
+    except PartialMatchError as error:
+        for line in key_report(error.report):
+            progress.note(line)
+        raise
+    for line in key_report(report):
+        progress.note(line)
+    save_segmenter(out, network, label_space=space.name, step=step)
+    load_segmenter(out, device="cpu")
+    account = {
+        "origin": report.origin,
+        "file": path.name,
+        "digest": file_digest(path),
+        "matched": report.keys.matched,
+        "not_needed": report.left_out,
+        "verified": report.verified,
+    }
+    write_json(out / "import.json", account)
+    progress.advance()
+    text = f"{report.origin} checkpoint of {space.num_classes} classes"
+    return Summary(text=text, numbers={"tensors": len(report.keys.matched)})
+
+
+def key_report(report: "ImportReport") -> Iterator[str]:
+    """Lines for people: what became of every tensor; all names of those that do not fit."""
+    keys = report.keys
+    parts = Counter(name.partition(".")[0] for name in keys.matched)
+    inside = ", ".join(f"{part} {count}" for part, count in sorted(parts.items()))
+    yield f"{report.origin} checkpoint"
+    yield f"  matched     {len(keys.matched)}" + (f" ({inside})" if inside else "")
+    if report.complete:
+        yield f"  verified    {report.verified} frozen tensors equal the pre-trained weights"
+    groups = Counter(".".join(name.split(".")[:2]) for name in report.left_out)
+    outside = ", ".join(f"{group}.* {count}" for group, count in sorted(groups.items()))
+    yield f"  not needed  {len(report.left_out)}" + (f" ({outside})" if outside else "")
+    unfit = {
+        "missing": keys.missing,
+        "unexpected": keys.unexpected,
+        "misshapen": keys.misshapen,
+        "unknown": report.strange,
+    }
+    for kind, names in unfit.items():
+        yield f"  {kind:<11} {len(names)}"
+        yield from (f"    {name}" for name in names)
 
 
 def _checkpoint(path: Path, out: Path, progress: Progress) -> Summary:

@@ -132,7 +132,8 @@ def test_a_recipe_of_a_published_system_is_whole(name):
     instances = build(recipe)
     painted = name.startswith(("clouds_", "painted_"))
     assert ("synthesize" in instances) == painted
-    assert ("evaluate@0" in instances) and (not painted or recipe.refine.weights)
+    assert "evaluate@0" in instances
+    assert not painted or recipe.refine.weights
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
