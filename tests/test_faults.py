@@ -88,3 +88,19 @@ def test_25_kills_at_random_moments_lose_nothing(tmp_path, undisturbed, seed):
     hit = run_with_kills(tmp_path, 5, random.Random(100 + seed), longest_s=elapsed_s / 2)
     assert hit >= 3
     assert digests(tmp_path) == expected
+
+
+def test_ctrl_c_in_the_middle_of_training_is_calm_and_loses_nothing(tmp_path):
+    process = start(tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("train_source/.staging-*/state/*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "goes on from here" in output
+    staging = next(tmp_path.glob("train_source/.staging-*"))
+    assert list((staging / "state").glob("step-*.json")), "the checkpoint is kept"
