@@ -1,6 +1,5 @@
 """What the command line prints: progress, plans, tables, errors. Quiet where nobody watches."""
 
-import contextlib
 import json
 import os
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 from flows.engine import Engine, Result, StageError, Step
 from flows.pipeline import Instance
+from flows.store import read_json
 from stages.contracts import Progress
 
 _MARKS = {"run": "RUN", "skip": "skip", "may run": "may run"}
@@ -168,7 +168,7 @@ def run_finished(engine: Engine, record: Mapping[str, Any]) -> None:
         if name.startswith("evaluate")
     }
     if evaluations:
-        _results({name: _read(path) for name, path in evaluations.items()})
+        _results({name: read_json(path) for name, path in evaluations.items()})
     if "report" in done:
         say(f"report: {_place(engine.store.root / done['report']['folder'] / 'report.html')}")
 
@@ -194,12 +194,6 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         say("  ".join(cells).rstrip())
-
-
-def _read(path: Path) -> Any:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_bytes())
-    return None
 
 
 def plan(steps: Iterable[Step], *, as_json: bool) -> None:

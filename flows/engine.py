@@ -21,7 +21,7 @@ from flows import provenance
 from flows.keys import differences, ingredients
 from flows.pipeline import Instance, build
 from flows.recipes import ConfigError, nearest
-from flows.store import Problem, Store, StoreError, key_of, output_digest
+from flows.store import Problem, Store, StoreError, key_of, output_digest, read_json
 from stages.contracts import CONTRACTS, Contract, Progress, Summary
 from stages.shards import shard_folders, write_json
 
@@ -251,7 +251,7 @@ class Engine:
         staging = self.store.staging(name, key)
         if not staging.is_dir():
             return None
-        told = _read_json(self.store.progress_file(name, key))
+        told = read_json(self.store.progress_file(name, key))
         shards = len(shard_folders(staging))
         parts = []
         if told and told.get("total"):
@@ -582,10 +582,3 @@ def _peak_memory_bytes() -> int:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

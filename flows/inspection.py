@@ -1,13 +1,12 @@
 """Looking into the store: status of the last run, lineage of an artifact, verification."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.recipes import ConfigError, nearest
-from flows.store import Problem, Store, StoreError
+from flows.store import Problem, Store, StoreError, read_json
 
 _MANY = 12
 
@@ -70,7 +69,7 @@ def status(store: Store) -> Status:
 def _last_run(store: Store, *, busy: bool) -> dict[str, Any] | None:
     """The newest run's record. A killed run could not write its end: nobody works for it."""
     runs = store.runs()
-    run = _read(runs[-1]) if runs else None
+    run = read_json(runs[-1]) if runs else None
     if run and run["status"] == "running" and not busy:
         run["status"] = "stopped (killed; the same command goes on)"
     return run
@@ -79,7 +78,7 @@ def _last_run(store: Store, *, busy: bool) -> dict[str, Any] | None:
 def _unfinished(store: Store) -> Iterator[dict[str, Any]]:
     for staging in sorted(store.root.glob("*/.staging-*")):
         name, key = staging.parent.name, staging.name.removeprefix(".staging-")
-        told = _read(store.progress_file(name, key))
+        told = read_json(store.progress_file(name, key))
         progress = f"{told['done']}/{told['total']} {told['unit']}" if told else "started"
         held_by = store.is_locked(name, key)
         yield {"instance": name, "key": key, "progress": progress, "held_by": held_by}
@@ -87,7 +86,7 @@ def _unfinished(store: Store) -> Iterator[dict[str, Any]]:
 
 def _failures(store: Store) -> Iterator[dict[str, Any]]:
     for path in sorted(store.root.glob("*/.failed-*.json")):
-        record = _read(path)
+        record = read_json(path)
         if record:
             yield {**record, "file": str(path)}
 
@@ -163,10 +162,3 @@ def _must_exist(store: Store) -> None:
         raise StoreError(
             f"no artifacts folder {str(store.root)!r}: nothing ran yet, or name another."
         )
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

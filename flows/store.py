@@ -174,7 +174,7 @@ class Store:
         By default sizes and times are compared, and only what looks touched is read; `full` reads
         and digests everything.
         """
-        times = _read_json(folder / _TIMES) or {}
+        times = read_json(folder / _TIMES) or {}
         found: list[Problem] = []
         healed: dict[str, int] = {}
         for path, entry in manifest["outputs"].items():
@@ -331,7 +331,7 @@ class Store:
 
     def pins(self) -> dict[str, str]:
         """Instance -> key of the adopted artifact that stands in for it."""
-        return _read_json(self.root / "adopted.json") or {}
+        return read_json(self.root / "adopted.json") or {}
 
     def pin(self, name: str, key: str | None) -> None:
         """Let an adopted artifact stand in for an instance; None: no longer."""
@@ -346,7 +346,7 @@ class Store:
     def outside_digest(self, path: Path) -> str:
         """Digest of a file or folder outside the store."""
         if self._digests is None:
-            self._digests = _read_json(self.root / "outside.json") or {}
+            self._digests = read_json(self.root / "outside.json") or {}
         stamp = _stamp(path)
         remembered = self._digests.get(str(path.resolve()))
         if remembered and remembered["stamp"] == stamp:
@@ -478,7 +478,8 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A file's JSON, or None where it is missing or broken."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -193,7 +193,7 @@ def uses_world(recipe: Any, _round: int = 0) -> bool:
 def labelspace_file(name: str) -> Path:
     """The YAML file of a label space: a shipped name, or a path."""
     shipped = Path(__file__).parent / "labelspaces" / f"{name}.yaml"
-    return shipped if shipped.is_file() else Path(name)
+    return shipped if shipped.is_file() else Path(name).expanduser()
 
 
 def _data_externals(recipe: Any) -> dict[str, External]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from stages.contracts import labelspace_file
 from stages.shards import write_json
 
 IGNORE = 255
@@ -161,10 +162,7 @@ def labelspace_path(reference: str) -> Path:
     Raises:
         FileNotFoundError: there is none; names the shipped ones.
     """
-    shipped = FOLDER / f"{reference}.yaml"
-    if shipped.is_file():
-        return shipped
-    path = Path(reference).expanduser()
+    path = labelspace_file(reference)
     if path.is_file():
         return path
     names = known_labelspaces()

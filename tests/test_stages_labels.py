@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import yaml
 
-from stages.labels import IdMap, load_labelspace, read_labelspace
+from stages.contracts import labelspace_file
+from stages.labels import IdMap, labelspace_path, load_labelspace, read_labelspace
 
 MINIMAL = {
     "name": "three",
@@ -124,3 +125,9 @@ def test_an_unknown_map_tells_who_wants_it_and_the_known_ones(tmp_path):
     space = load_labelspace(written(tmp_path))
     with pytest.raises(ValueError, match=r"data set 'x' needs the label map 'min'.*nearest: mine"):
         space.id_map("min", wanted_by="data set 'x'")
+
+
+def test_a_label_space_in_ones_home_is_found_by_plan_and_by_stage(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("classes: []")
+    assert labelspace_path("~/own.yaml") == labelspace_file("~/own.yaml") == tmp_path / "own.yaml"
