@@ -29,6 +29,16 @@ from models.encoders import (
 from models.vits import ClipVit, PlainEncoder, SamEncoder, TimmVit
 
 
+def at_hand(config: EncoderConfig) -> EncoderConfig:
+    """The same encoder with references to local folders (builtin:NAME too) as plain paths."""
+    found = {}
+    if (folder := weights_path(config.name)) is not None:
+        found["name"] = f"local-dir:{folder}"
+    if config.weights is not None and (path := weights_path(config.weights)) is not None:
+        found["weights"] = str(path)
+    return config.model_copy(update=found)
+
+
 def build_encoder(config: EncoderConfig, tuning: TuningConfig, *, load: bool = True) -> Encoder:
     """The encoder, with its weights where the config names some and `load` is set."""
     match config.family:
@@ -58,6 +68,7 @@ def build_open_clip(config: EncoderConfig, tuning: TuningConfig, *, load: bool) 
     """open_clip's image tower alone: the text tower is neither built nor stored."""
     from open_clip.model import _build_vision_tower
 
+    config = at_hand(config)
     model = open_clip_architecture(config)
     vision = dict(model["vision_cfg"])
     normalisation = {"mean": CLIP_MEAN, "std": CLIP_STD}
@@ -155,6 +166,7 @@ def embed_texts(
 
     if config.family != "open_clip":
         raise ValueError(f"decoder.text: an encoder of {config.family} has no text tower")
+    config = at_hand(config)
     model = open_clip_architecture(config)
     if "hf_model_name" in model["text_cfg"]:
         raise ValueError(f"decoder.text: {config.name} has a text tower of another library")

@@ -183,3 +183,19 @@ def test_an_average_is_saved_loaded_and_applied(tmp_path):
         assert torch.equal(other.state_dict()[name], value)
     with pytest.raises(ValueError, match="differing names"):
         again.load_state_dict({"decoder.strange": torch.zeros(1)})
+
+
+def test_a_built_in_encoder_is_found_wherever_the_package_lies(tmp_path, monkeypatch):
+    encoder = {"name": "builtin:clip", "weights": "builtin:clip"}
+    config = SegmenterConfig(
+        encoder=encoder, decoder={"width": 32, "heads": 4, "group_norm": 8, "layers": 1}
+    )
+    monkeypatch.chdir(tmp_path)
+    segmenter = build_segmenter(config, class_names=["road", "sky"]).eval()
+    save_segmenter(
+        tmp_path / "saved", segmenter, class_names=["road", "sky"], label_space="x", step=1
+    )
+    assert "builtin:clip" in (tmp_path / "saved" / "checkpoint.json").read_text()
+    again = load_segmenter(tmp_path / "saved", device="cpu")
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert torch.equal(segmenter(images).masks_BQHW, again(images).masks_BQHW)
