@@ -335,11 +335,12 @@ class Store:
 
     def pin(self, name: str, key: str | None) -> None:
         """Let an adopted artifact stand in for an instance; None: no longer."""
-        pins = self.pins()
-        pins.pop(name, None)
-        if key is not None:
-            pins[name] = key
-        write_json(self.root / "adopted.json", pins)
+        with self.lock("adopted", "pins", waiting=lambda who: None):
+            pins = self.pins()
+            pins.pop(name, None)
+            if key is not None:
+                pins[name] = key
+            write_json(self.root / "adopted.json", pins)
 
     # Digests of weights and other files outside, remembered by path, size and time
 

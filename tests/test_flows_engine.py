@@ -329,6 +329,20 @@ def test_a_second_process_waits_and_then_finds_it_done(tmp_path):
     assert f"waiting for process {first.pid}" in out_2
 
 
+def test_adoptions_at_the_same_time_are_all_kept(tmp_path):
+    code = (
+        "import sys\nfrom flows.store import Store\n"
+        "for n in range(40): Store(sys.argv[1]).pin(f'{sys.argv[2]}{n}', 'key')"
+    )
+    Store(tmp_path).open()
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT)
+        for name in ("a", "b")
+    ]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert len(Store(tmp_path).pins()) == 80
+
+
 def test_plan_imports_neither_torch_nor_prefect():
     code = (
         "import sys\nfrom flows.cli import main\n"
