@@ -120,6 +120,7 @@ def build_sam(sizes: dict[str, Any]) -> Sam:
         pixel_mean=sizes["pixel_mean"],
         pixel_std=sizes["pixel_std"],
     )
+    _attend_to_positions(sam.mask_decoder.transformer)
     match sizes["vit_stem"]:
         case "convolutions":
             if sizes["patch_size"] != 8:
@@ -131,6 +132,27 @@ def build_sam(sizes: dict[str, Any]) -> Sam:
         case other:
             raise ValueError(f"vit_stem {other!r} is unknown; known: convolutions, patches")
     return sam.eval()
+
+
+POSITION_SHARPNESS = 1.8
+"""Scale of the first cross-attention: logits of about 6 where a prompt lies, 0 far from it."""
+
+
+def _attend_to_positions(transformer: nn.Module) -> None:
+    """Let prompts and pixels begin by attending to each other where they lie.
+
+    Both carry the same position code, so equal orthonormal projections of queries and keys make
+    attention fall off with distance (about ten pixels); learning that from nothing takes long.
+    """
+    crossings = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        crossings += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in crossings:
+        nn.init.orthogonal_(attention.q_proj.weight, gain=POSITION_SHARPNESS)
+        with torch.no_grad():
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.q_proj.bias.zero_()
+            attention.k_proj.bias.zero_()
 
 
 def _begin_as_identity(blocks: nn.ModuleList) -> None:
