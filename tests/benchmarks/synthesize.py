@@ -38,13 +38,10 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
-def sized_like_sd21() -> Painter:
-    """A pipeline of Stable Diffusion 2.1's sizes with random weights, in bf16 on the GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_random_painter(Path(folder), seed=0)
-        small = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+def networks_like_sd21(vocabulary: int) -> dict[str, torch.nn.Module]:
+    """UNet, VAE and text encoder of Stable Diffusion 2.1's sizes with random weights."""
     text = CLIPTextConfig(
-        vocab_size=len(small.tokenizer),
+        vocab_size=vocabulary,
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=23,
@@ -62,10 +59,16 @@ def sized_like_sd21() -> Painter:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
     )
+    return {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text)}
+
+
+def sized_like_sd21() -> Painter:
+    """A pipeline of Stable Diffusion 2.1's sizes with random weights, in bf16 on the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_painter(Path(folder), seed=0)
+        small = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=CLIPTextModel(text),
+        **networks_like_sd21(len(small.tokenizer)),
         tokenizer=small.tokenizer,
         scheduler=small.scheduler,
         safety_checker=None,
