@@ -26,7 +26,7 @@ class PretrainSection(Section):
     """Largest gradient norm."""
     ema_decay: float = Field(0.998, ge=0, lt=1)
     """Average of the weights that is shipped."""
-    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(250, gt=0)
+    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(100, gt=0)
     """Steps between resumable checkpoints."""
     log_every: Annotated[int, NOT_IN_KEY] = Field(25, gt=0)
     """Steps between lines of `logs/metrics.jsonl`."""
@@ -35,17 +35,21 @@ class PretrainSection(Section):
 class PretrainSamConfig(PretrainSection):
     """Train the miniature SAM on rendered web pictures."""
 
-    steps: int = Field(3_000, gt=0)
+    steps: int = Field(8_000, gt=0)
     """Updates."""
-    lr: float = Field(8e-4, gt=0)
+    lr: float = Field(1.2e-3, gt=0)
     """Learning rate of AdamW after the warm-up."""
+    warmup_steps: int = Field(60, ge=0)
+    """Linear warm-up."""
+    decay_share: float = Field(0.5, gt=0, le=1)
+    """Last share of the steps, over which the learning rate falls linearly to nought."""
     batch_size: int = Field(8, gt=0)
     """Pictures per update."""
     num_prompts: int = Field(6, gt=0)
     """Regions asked for per picture."""
     affinity_weight: float = Field(2.0, ge=0)
     """Weight of the dense lesson in boundaries (`AffinityHead`)."""
-    second_round: float = Field(0.25, ge=0, le=1)
+    second_round: float = Field(0.15, ge=0, le=1)
     """Share of the updates with a second decoding from the first one's mask and one more point."""
 
 
