@@ -75,11 +75,11 @@ class MeasureMiniatureConfig(Section):
     """Pictures per style for SAM."""
     num_prompts: int = Field(6, gt=0)
     """Regions asked for per picture and prompt type."""
-    num_source: int = Field(600, gt=0)
+    num_source: int = Field(400, gt=0)
     """Labelled source pictures on which heads learn."""
-    num_web_val: int = Field(150, gt=0)
+    num_web_val: int = Field(120, gt=0)
     """Web pictures on which heads are judged."""
-    head_steps: int = Field(350, gt=0)
+    head_steps: int = Field(250, gt=0)
     """Updates of a head (and of the tower, where it learns from scratch)."""
     batch_size: int = Field(16, gt=0)
     """Source pictures per update."""
@@ -87,7 +87,7 @@ class MeasureMiniatureConfig(Section):
     """Learning rate of heads and towers."""
     num_seeds: int = Field(1, gt=0)
     """Heads trained per case."""
-    more_cases: bool = True
+    more_cases: bool = False
     """Beside the two cases of the gate (frozen, from scratch): random frozen and fine-tuned."""
     mask_gain: float = 0.15
     """Least gain of masks over mask prompts, in IoU."""
