@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="version and git revision")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (does, add_options, do) in _VERBS.items():
         sub = verbs.add_parser(name, help=does, description=does)
@@ -91,12 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    from flows.provenance import facts
+class _Version(argparse.Action):
+    """Says the version; looked up only when asked for, since that starts git."""
 
-    found = facts()
-    revision = f" ({found['git_revision']})" if found["git_revision"] else ""
-    return f"clouds {found['versions'].get('clouds-pipeline', 'source')}{revision}"
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from flows.provenance import facts
+
+        found = facts()
+        revision = f" ({found['git_revision']})" if found["git_revision"] else ""
+        console.say(f"clouds {found['versions'].get('clouds-pipeline', 'source')}{revision}")
+        parser.exit()
 
 
 # Options

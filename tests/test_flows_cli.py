@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 
 import numpy as np
@@ -296,6 +297,16 @@ def test_a_disk_that_refuses_is_told_without_a_traceback(streets, capsys, monkey
 def test_status_of_nothing_says_so(tmp_path, capsys):
     assert main(["status", "--artifacts", str(tmp_path / "none")]) == 2
     assert "no artifacts folder" in capsys.readouterr().err
+
+
+def test_the_version_is_said_with_its_revision_and_only_when_asked(streets, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert re.fullmatch(r"clouds \S+( \([0-9a-f]{12}\+?\))?\n", capsys.readouterr().out)
+    monkeypatch.setattr("flows.provenance.facts", None)
+    _, arguments = streets
+    assert main(["plan", *arguments]) == 3
 
 
 def test_help_teaches(capsys):
