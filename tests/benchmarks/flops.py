@@ -72,8 +72,9 @@ def painting_flops(
 
 def encoder_flops(refiner: Refiner) -> float:
     """Of SAM's image encoder for one picture."""
-    side, device = refiner.image_size, refiner.sam.device
-    return flops_of(lambda: refiner.sam.image_encoder(torch.zeros(1, 3, side, side, device=device)))
+    encoder, side = refiner.sam.image_encoder, refiner.image_size
+    image = torch.zeros(1, 3, side, side, device=encoder.pos_embed.device)
+    return flops_of(lambda: encoder(image))
 
 
 def official_flops(model: str) -> float:
