@@ -215,8 +215,9 @@ def import_segmenter(
             of the config.
     """
     translation = translate(read_state(path))
-    segmenter = build_segmenter(config, class_names=class_names)
-    stored, whole = saved_state(segmenter), segmenter.state_dict()
+    # names and shapes are compared first, before any pre-trained weights are fetched
+    shapes = build_segmenter(config, class_names=class_names, device="meta")
+    stored, whole = saved_state(shapes), shapes.state_dict()
     needed = {n: v for n, v in translation.state.items() if n in stored or n not in whole}
     report = ImportReport(
         origin=translation.origin,
@@ -229,9 +230,13 @@ def import_segmenter(
         raise PartialMatchError(f"{path}: {len(report.strange)} unknown names: {listed}", report)
     if not report.complete:
         hint = ""
-        if config.encoder.weights is None and any("encoder." in n for n in report.keys.missing):
+        bare = not any(n.startswith("encoder.") for n in translation.state)
+        wanted = any(n.startswith("encoder.") for n in report.keys.missing)
+        if config.encoder.weights is None and bare and wanted:
             hint = "; the file has no encoder: name its pre-trained weights in encoder.weights"
         raise PartialMatchError(f"{path} does not fit the segmenter: {report}{hint}", report)
+    segmenter = build_segmenter(config, class_names=class_names)
+    stored, whole = saved_state(segmenter), segmenter.state_dict()
     verified = verify_frozen(path, translation.state, whole, stored)
     with torch.no_grad():
         for name, value in needed.items():

@@ -111,6 +111,18 @@ def test_mistakes_of_an_import_are_named(release, capsys, tmp_path, more, said):
     assert Store(tmp_path / "artifacts").pins() == {}
 
 
+def test_another_networks_recipe_is_refused_before_weights_are_fetched(
+    release, capsys, monkeypatch
+):
+    file, arguments, _, _ = release
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    released = ["--recipe", "clouds_convnext_l_gta5_released", *arguments[2:]]
+    assert main(["import", str(file), *released]) == 2
+    said = capsys.readouterr()
+    assert "does not fit the segmenter" in said.err
+    assert "misshapen" in said.out
+
+
 def test_a_file_that_is_not_there_or_no_checkpoint_is_named(release, capsys, tmp_path):
     file, arguments, _, _ = release
     assert main(["import", str(tmp_path / "nothing.pth"), *arguments]) == 2
