@@ -14,6 +14,7 @@ from flows.recipes import ConfigError, nearest, resolve
 from stages.contracts import CONTRACTS, Contract
 
 _TOUCH_ALL = ("seed", "precision")
+_SHARED_BY_LEGS = frozenset({"rounds", "legs", "name", "description"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class _Builder:
         )
 
     def build(self) -> dict[str, Instance]:
+        self._refuse_idle_overrides()
         everything = [c for c in self.contracts.values() if not c.takes_everything]
         for contract in everything:
             if not contract.rounds(self.recipe):
@@ -89,6 +91,28 @@ class _Builder:
                 inputs = tuple(Input(role="artifacts", instance=name) for name in self.instances)
                 self._put(contract, None, None, inputs)
         return self.instances
+
+    def _refuse_idle_overrides(self) -> None:
+        """An override that nothing would look at is a mistake, not a wish to ignore."""
+        for leg in self.legs:
+            for key in self.recipe.legs[leg]:
+                if key.split(".")[0] in _SHARED_BY_LEGS:
+                    raise ConfigError(
+                        f"leg {leg!r} overrides {key!r}, which all legs share: set it in the "
+                        f"recipe itself."
+                    )
+        read = {*_TOUCH_ALL, "run"}
+        for contract in self.contracts.values():
+            read.update(contract.sections if contract.rounds(self.recipe) else ())
+        rounds = self.recipe.rounds.overrides if hasattr(self.recipe, "rounds") else {}
+        for round_, overrides in rounds.items():
+            for key in overrides:
+                if key.split(".")[0] not in read:
+                    raise ConfigError(
+                        f"round {round_} overrides {key!r}, which no stage of a round reads: set "
+                        f"it in the recipe itself (prompts and pictures are made once per round "
+                        f"only with rounds.fresh_pictures)."
+                    )
 
     def _add_all(self, contract: Contract, round_: int | None) -> None:
         for leg in self.legs or [None]:

@@ -79,6 +79,22 @@ def test_mistakes_are_named_with_place_and_way_out(tmp_path, text, overrides, sa
         load_recipe(path, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["legs.raw={rounds.count: 3}"], r"leg 'raw' overrides 'rounds.count', which all legs"),
+        (["rounds.overrides={1: {synthesize.steps: 9}}"], r"round 1 overrides 'synthesize.steps'"),
+        (["rounds.overrides={1: {train_source.steps: 9}}"], r"no stage of a round reads"),
+    ],
+)
+def test_overrides_that_would_do_nothing_are_refused(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        build(load_recipe("camvid", overrides))
+    read = ["rounds.overrides={1: {synthesize.steps: 9}}", "rounds.fresh_pictures=true"]
+    instances = build(load_recipe("camvid", read))
+    assert instances["synthesize@1"].recipe.synthesize.steps == 9
+
+
 def test_a_recipe_in_another_encoding_is_named(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_bytes("title: Stra\u00dfe".encode("latin-1"))
