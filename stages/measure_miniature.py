@@ -74,7 +74,8 @@ def run(
 def measure_sam(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> dict[str, Any]:
     """IoU of the prompts and of SAM's masks, per style and prompt type.
 
-    A prompt's own IoU is that of the mask it was made from (for a box: of the filled box). The
+    A prompt's own IoU is that of the mask it was made from; of a box: of the filled box; of a
+    single point: of a disc of the region's area around it. The
     gate: every
     type's masks are better than its prompts on web pictures, mask prompts by `mask_gain`,
     and on looks never seen they keep nine tenths of that gain's floor.
@@ -123,6 +124,8 @@ def _judge(predictor: SamPredictor, lesson: Lesson) -> list[tuple[float, float]]
     if lesson.points_PN2 is not None:
         points = torch.from_numpy(lesson.points_PN2)
         labels = torch.from_numpy(lesson.point_labels_PN)
+        if lesson.kind == "point":
+            own_PHW = _discs(points[:, 0], targets_PHW)
     if lesson.boxes_P4 is not None:
         boxes = torch.from_numpy(lesson.boxes_P4)
         own_PHW = torch.stack([_filled(box, targets_PHW.shape[-2:]) for box in boxes])
@@ -140,6 +143,15 @@ def _judge(predictor: SamPredictor, lesson: Lesson) -> list[tuple[float, float]]
     ours = sam_lessons.iou(kept_PHW[:, None], targets_PHW[:, None])[:, 0]
     own = sam_lessons.iou(own_PHW[:, None], targets_PHW[:, None])[:, 0]
     return list(zip(own.tolist(), ours.tolist(), strict=True))
+
+
+def _discs(points_P2: torch.Tensor, targets_PHW: torch.Tensor) -> torch.Tensor:
+    """A disc of each region's own area around its point: what one point says of a region."""
+    rows = torch.arange(targets_PHW.shape[1])[:, None] + 0.5
+    columns = torch.arange(targets_PHW.shape[2])[None] + 0.5
+    x_P11, y_P11 = points_P2[:, 0, None, None], points_P2[:, 1, None, None]
+    radius2_P = targets_PHW.sum((1, 2)) / torch.pi
+    return (columns - x_P11) ** 2 + (rows - y_P11) ** 2 <= radius2_P[:, None, None]
 
 
 def _filled(box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
