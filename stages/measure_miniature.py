@@ -75,10 +75,9 @@ def measure_sam(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> d
     """IoU of the prompts and of SAM's masks, per style and prompt type.
 
     A prompt's own IoU is that of the mask it was made from; of a box: of the filled box; of a
-    single point: of a disc of the region's area around it. The
-    gate: every
-    type's masks are better than its prompts on web pictures, mask prompts by `mask_gain`,
-    and on looks never seen they keep nine tenths of that gain's floor.
+    single point: of a disc of the region's area around it. The gate: on web pictures every type's
+    masks are better than its prompts, those of mask prompts by `mask_gain`; on looks never seen
+    the gain of mask prompts is at most 0.05 less.
     """
     network = build_sam(read_sizes(folder))
     network.load_state_dict(load_file(folder / "sam.safetensors"))
