@@ -17,10 +17,12 @@ setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	@echo "setting up $(VENV) (some minutes, several GB: torch is among it)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(READY)
+	@echo "set up: use .venv/bin/clouds, or activate .venv"
 
 test: $(READY)
 	$(TEST) -m "$(NOT_HERE)" -n 2 --dist loadfile --timeout 600 tests

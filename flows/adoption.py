@@ -53,6 +53,7 @@ def adopt(engine: Engine, instance: Instance, path: Path) -> str:
     if not path.exists():
         raise ConfigError(f"nothing to adopt at {path}.")
     found = {"stage": instance.stage, "adopted": engine.store.outside_digest(path)}
+    labels = instance.recipe.data.labels
     silent = _Teller(lambda text: None)
     return _stand_in(
         engine,
@@ -60,7 +61,7 @@ def adopt(engine: Engine, instance: Instance, path: Path) -> str:
         path,
         verb="adopt",
         found=found,
-        make=lambda out: take_over(instance.stage, path, out=out, progress=silent),
+        make=lambda out: take_over(instance.stage, path, labels=labels, out=out, progress=silent),
     )
 
 

@@ -53,6 +53,11 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
     recipes = {instance.stage: instance.recipe for instance in pending}
     if "prepare" in stages:
         yield from _data(recipes["prepare"])
+    if "train_source" in stages and not recipes["train_source"].data.sources:
+        text = "it is empty: name at least one labelled data set to train on"
+        yield Finding(what="data.sources", state="error", text=text)
+    if "synthesize" in stages:
+        yield from _unused_pictures(recipes["synthesize"])
     seen = set()
     for instance in pending:
         for field in instance.contract.weights:
@@ -77,6 +82,18 @@ def _data(recipe: Any) -> Iterator[Finding]:
             if not dataset.root.startswith(WORLD_PREFIX):
                 what = f"data.{group}.{number} ({dataset.name})"
                 yield _dataset(what, dataset, dataset_root(dataset, recipe.data.root), group)
+
+
+def _unused_pictures(recipe: Any) -> Iterator[Finding]:
+    if recipe.data.unlabelled and recipe.synthesize.mode == "paint":
+        text = (
+            "these pictures are not used: synthesize.mode is paint; set synthesize.mode=collect to "
+            "train on them instead of painted ones"
+        )
+        yield Finding(what="data.unlabelled", state="warning", text=text)
+    if recipe.synthesize.mode == "collect" and not recipe.data.unlabelled:
+        text = "it is empty, and synthesize.mode=collect takes its pictures from there"
+        yield Finding(what="data.unlabelled", state="error", text=text)
 
 
 def _dataset(what: str, dataset: Any, root: Path, group: str) -> Finding:
@@ -141,6 +158,7 @@ def _disk(store: Store) -> Finding:
 
 def everything(engine: Engine) -> Iterator[Finding]:
     """All that `check` looks at, whatever is done already (imports torch)."""
+    engine.store.must_be_folder()
     yield from look(list(engine.instances.values()), store=engine.store)
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     yield Finding(what="memory", state="ok", text=f"{pages * page_bytes / 2**30:.1f} GiB")

@@ -6,7 +6,9 @@ python flows/clouds.py --help
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done or up to date, 1 a stage failed, 2 a user's mistake, 3 `plan` found work, 130 Ctrl-C.
     """
     be_patient()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _as_interrupt)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         words = _with_default_verb(sys.argv[1:] if argv is None else argv)
@@ -56,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.error("stopped. Nothing finished is lost; the same command goes on from here.")
         return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        console.error(f"{error}; {console.NOT_SET_UP}")
+        return EXIT_USAGE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
@@ -64,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error}. Nothing finished is lost; mend that, and the same command goes on."
         )
         return EXIT_FAILED
+
+
+def _as_interrupt(_number: int, _frame: object) -> None:
+    """SIGTERM (timeout, systemd, containers) stops a run as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def _with_default_verb(argv: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,14 @@ from flows.pipeline import Instance
 from flows.store import read_json
 from stages.contracts import Progress
 
-_MARKS = {"run": "RUN", "skip": "skip", "may run": "may run"}
+_MARKS = {"run": "RUN", "skip": "skip", "may run": "may run", "blocked": "BLOCKED"}
 _EXIT_DAMAGED = 1
+NOT_SET_UP = (
+    "this Python lacks the project's packages: run `make setup` once, then "
+    "`.venv/bin/clouds` (or activate .venv)."
+)
+TELL_EVERY_S = 30.0
+"""Time between two lines of progress where there is no terminal."""
 
 
 def say(text: str) -> None:
@@ -83,7 +90,7 @@ class Console:
         if resumes:
             say(f"{instance.name}: goes on from {resumes}")
         if not sys.stderr.isatty():
-            return _Quiet(self._note)
+            return _Quiet(instance.name, self._note)
         from rich import progress
         from rich.console import Console as RichConsole
 
@@ -134,23 +141,36 @@ class _Bar:
 
 
 class _Quiet:
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.note = note
+    """A line every half a minute, for logs."""
+
+    def __init__(self, name: str, note: Callable[[str], None]) -> None:
+        self._name, self.note = name, note
+        self._total, self._done, self._unit = 0, 0, ""
+        self._told = time.monotonic()
 
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
-        pass
+        self._total, self._done, self._unit = total, done, unit
 
     def advance(self, count: int = 1, **metrics: float) -> None:
-        pass
+        self._done += count
+        if time.monotonic() - self._told > TELL_EVERY_S:
+            self._told = time.monotonic()
+            shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
+            say(f"  {self._name}: {self._done}/{self._total} {self._unit}{shown}")
 
 
 def _place(folder: Path) -> str:
-    return os.path.relpath(folder)
+    """Relative to where the user stands, if it lies below."""
+    relative = os.path.relpath(folder)
+    return os.path.abspath(folder) if relative.startswith("..") else relative
 
 
 def stage_failed(failure: StageError) -> None:
     """Why a stage failed, where the whole story is kept, and how to go on."""
     error(f"{failure.instance} failed: {failure.error}")
+    if isinstance(failure.error, ModuleNotFoundError):
+        error(NOT_SET_UP)
+        return
     if not failure.user:
         error(f"this was not expected ({type(failure.error).__name__}).")
     error(f"the whole error is kept at {_place(failure.kept)}; the same command resumes.")

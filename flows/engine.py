@@ -25,7 +25,8 @@ from flows.store import Problem, Store, StoreError, key_of, output_digest, read_
 from stages.contracts import CONTRACTS, Contract, Progress, Summary
 from stages.shards import shard_folders, write_json
 
-Action = Literal["run", "skip", "may run"]
+Action = Literal["run", "skip", "may run", "blocked"]
+"""blocked: an input is not there, and not part of what was selected."""
 PROGRESS_EVERY_S = 1.0
 
 
@@ -147,6 +148,7 @@ class Engine:
 
     def plan(self, selected: Iterable[Instance]) -> list[Step]:
         """What a run of the selected instances would do, in order, and why."""
+        self.store.must_be_folder()
         steps: dict[str, Step] = {}
         for instance in selected:
             steps[instance.name] = self._plan_one(instance, steps)
@@ -173,7 +175,7 @@ class Engine:
         try:
             key, found = self._identify(instance)
         except MissingNeedError as error:
-            return Step(instance=instance, action="run", reason=f"cannot start: {error}")
+            return Step(instance=instance, action="blocked", reason=str(error))
         base = {"instance": instance, "key": key}
         folder = self.store.find(instance.name, key)
         if folder is None:
@@ -198,9 +200,12 @@ class Engine:
         self, instance: Instance, pending: list[Step], newest: Mapping[str, Any] | None
     ) -> Step:
         certain = newest is None or self._is_forced(instance)
+        pending = list({step.instance.name: step for step in pending}.values())
         names = ", ".join(step.instance.name for step in pending[:3])
         more = f" and {len(pending) - 3} more" if len(pending) > 3 else ""
-        verb = "runs" if any(step.action == "run" for step in pending) else "may run"
+        one = len(pending) == 1
+        sure = any(step.action == "run" for step in pending)
+        verb = ("runs" if one else "run") if sure else "may run"
         why = "not made yet" if newest is None else "forced"
         reason = why if certain else f"{names}{more} {verb} before it"
         seconds, size = self._estimate(instance, newest)
@@ -243,8 +248,11 @@ class Engine:
         if not units or not work.get("done"):
             return None, None
         share = units / work["done"]
-        size = sum(entry["bytes"] for entry in newest["outputs"].values())
-        return newest["seconds"] * share, int(size * share)
+        outputs = newest["outputs"].values()
+        size = sum(entry["bytes"] for entry in outputs)
+        if any("num_files" in entry for entry in outputs):  # checkpoints do not grow with steps
+            size = int(size * share)
+        return newest["seconds"] * share, size
 
     def unfinished(self, name: str, key: str) -> str | None:
         """What an earlier attempt left behind for a restart."""
@@ -303,7 +311,11 @@ class Engine:
                 problem = f"is damaged ({error})"
         what = f"{needed_by.name} needs {name}" + (f" ({role})" if role != name else "")
         what = what if needed_by else name
-        raise MissingNeedError(f"{what}, which {problem}. Make it with: {self.command_for(name)}")
+        everything = f"{self.command} --until {needed_by.stage}" if needed_by else self.command
+        raise MissingNeedError(
+            f"{what}, which {problem}. Make it with: {self.command_for(name)}\n"
+            f"  or all that is missing with: {everything}"
+        )
 
     def command_for(self, name: str) -> str:
         """The command that makes an instance."""

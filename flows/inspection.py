@@ -115,12 +115,16 @@ def lineage(store: Store, manifest: Mapping[str, Any]) -> Lineage:
     """Where an artifact comes from (all the way up) and what was made of it (one step)."""
     everything = {entry["key"]: entry for entry in _manifests(store)}
     up: list[tuple[int, str]] = []
+    told: set[str] = set()
 
     def climb(entry: Mapping[str, Any], depth: int) -> None:
         for role, source in entry.get("inputs", {}).items():
-            up.append((depth, f"{role}: {source['instance']} {source['key']}"))
-            if source["key"] in everything and len(up) < 200:
-                climb(everything[source["key"]], depth + 1)
+            key = source["key"]
+            again = " (above)" if key in told and everything.get(key, {}).get("inputs") else ""
+            up.append((depth, f"{role}: {source['instance']} {key}{again}"))
+            if key in everything and key not in told:
+                told.add(key)
+                climb(everything[key], depth + 1)
 
     climb(manifest, 0)
     down = [
@@ -147,6 +151,8 @@ def verify(
             yield folder, None, [Problem(path="manifest.json", state="altered")]
             continue
         yield folder, manifest, store.problems(folder, manifest, full=full)
+    for folder in store.without_manifest():
+        yield folder, None, [Problem(path="manifest.json", state="missing")]
 
 
 def _manifests(store: Store) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ from stages.shards import file_digest, write_json
 
 KEY_CHARS = 20
 MANIFEST = "manifest.json"
+LATEST = "latest"
 _TIMES = ".times.json"
 _OWN_FILES = {MANIFEST, _TIMES}
 _FSYNC_EACH_MAX = 256
@@ -120,6 +121,18 @@ class Store:
                 f"choose another with --artifacts DIR."
             ) from error
 
+    def must_be_folder(self) -> None:
+        """Refuse a root that is something else than a folder; it need not be there yet.
+
+        Raises:
+            StoreError: it is a file.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(
+                f"artifacts folder {str(self.root)!r} is no folder: choose another with "
+                f"--artifacts DIR."
+            )
+
     # Reading
 
     def find(self, name: str, key: str) -> Path | None:
@@ -153,8 +166,14 @@ class Store:
         """Committed artifacts of one instance, or of all."""
         pattern = f"{name}/*/{MANIFEST}" if name else f"*/*/{MANIFEST}"
         for path in sorted(self.root.glob(pattern)):
-            if not path.parent.name.startswith("."):
+            if not path.parent.name.startswith(".") and path.parent.parent.name != LATEST:
                 yield path.parent
+
+    def without_manifest(self) -> Iterator[Path]:
+        """Folders that lie where artifacts do, under a key, and have lost their manifest."""
+        for folder in sorted(self.root.glob("*/" + "[0-9a-f]" * KEY_CHARS)):
+            if folder.is_dir() and not (folder / MANIFEST).exists():
+                yield folder
 
     def newest(self, name: str) -> dict[str, Any] | None:
         """The manifest of the instance's most recently finished artifact, or None."""
@@ -320,7 +339,7 @@ class Store:
 
     def point_latest(self, name: str, target: Path) -> None:
         """Let `latest/<name>` point at a file or folder of an artifact."""
-        link = self.root / "latest" / name
+        link = self.root / LATEST / name
         link.parent.mkdir(parents=True, exist_ok=True)
         temporary = link.with_name(f".{link.name}-{os.getpid()}")
         temporary.unlink(missing_ok=True)

@@ -22,13 +22,14 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _SHARD_SIZE = 500
 
 
-def adopt(stage: str, path: Path, *, out: Path, progress: Progress) -> Summary:
+def adopt(stage: str, path: Path, *, labels: str, out: Path, progress: Progress) -> Summary:
     """Check what lies at `path` and write it to `out` as `stage` would have left it.
 
     Args:
         stage: `train_source` or `self_train` (a checkpoint's folder), `synthesize` (a folder of
             pictures) or `write_prompts` (a .jsonl or .txt file).
         path: the folder or file made elsewhere.
+        labels: label space of the recipe, which a checkpoint's classes must be.
         out: empty folder for the outputs.
         progress: told what is done.
 
@@ -40,7 +41,7 @@ def adopt(stage: str, path: Path, *, out: Path, progress: Progress) -> Summary:
         raise FileNotFoundError(f"nothing to adopt at {path}.")
     match stage:
         case "train_source" | "self_train":
-            return _checkpoint(path, out, progress)
+            return _checkpoint(path, labels, out, progress)
         case "synthesize":
             return _pictures(path, out, progress)
         case "write_prompts":
@@ -129,11 +130,18 @@ def key_report(report: "ImportReport") -> Iterator[str]:
         yield from (f"    {name}" for name in names)
 
 
-def _checkpoint(path: Path, out: Path, progress: Progress) -> Summary:
+def _checkpoint(path: Path, labels: str, out: Path, progress: Progress) -> Summary:
     from models.checkpoints import describe_checkpoint, load_segmenter
 
     progress.start(1, "checkpoints")
     about = describe_checkpoint(path)
+    space = load_labelspace(labels)
+    if tuple(about["class_names"]) != tuple(space.names):
+        raise ValueError(
+            f"the checkpoint tells {len(about['class_names'])} classes apart "
+            f"({', '.join(about['class_names'][:4])}, ...), the recipe's label space {labels!r} "
+            f"{len(space.names)}: set data.labels to the one it was trained for."
+        )
     load_segmenter(path, device="cpu")
     names = ["checkpoint.json", "model.safetensors"]
     if (path / "ema.safetensors").is_file():
