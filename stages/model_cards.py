@@ -117,8 +117,8 @@ def _files(folder: Path) -> list[str]:
 def _sam_table(gates: Mapping[str, Any]) -> list[str]:
     lines = [
         "Mean IoU of the prompt (the noisy mask it was made from; of a box: the filled box; of a "
-        "single point: a disc of the region's area) and of SAM's mask, through `SamPredictor`. "
-        "`web_unseen` (dust, sodium light, faded film) and `source` are looks it was not trained on.",
+        "single point: a disc of the region's area) and of SAM's mask, by `SamPredictor`. "
+        "`web_unseen` (dust, sodium light, faded film) and `source` are looks it never trained on.",
         "",
         "| style | prompt | of the prompt | of the mask | gain | prompts |",
         "|---|---|---|---|---|---|",

@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "pixel_mean": [123.675, 116.28, 103.53],
     "pixel_std": [58.395, 57.12, 57.375],
 }
-"""The shipped sizes. Pictures of 64x128 fill the upper half of the 128x128 input, as SAM pads."""
+"""The miniature's sizes. Pictures of 64x128 fill the upper half of the input, as SAM pads."""
 
 
 class EarlyConvolutions(nn.Module):
