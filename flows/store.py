@@ -28,6 +28,8 @@ from stages.shards import file_digest, write_json
 KEY_CHARS = 20
 MANIFEST = "manifest.json"
 LATEST = "latest"
+SCRATCH = "state"
+"""What a stage keeps for resuming: no output, and removed once the artifact is in place."""
 _TIMES = ".times.json"
 _OWN_FILES = {MANIFEST, _TIMES}
 _FSYNC_EACH_MAX = 256
@@ -305,7 +307,11 @@ class Store:
         staging, final = self.staging(name, key), self.folder(name, key)
         for leftover in staging.glob(".*"):
             _remove(leftover)
-        outputs = describe_outputs(staging)
+        outputs = {
+            path: entry
+            for path, entry in describe_outputs(staging).items()
+            if not path.startswith(f"{SCRATCH}/")
+        }
         if not outputs:
             raise StoreError(f"{name} left no output in {staging}.")
         whole = _as_json({**manifest, "outputs": outputs})
@@ -315,6 +321,7 @@ class Store:
         if final.exists():
             self.trash(final)
         staging.rename(final)
+        shutil.rmtree(final / SCRATCH, ignore_errors=True)
         _fsync_folder(final.parent)
         self.progress_file(name, key).unlink(missing_ok=True)
         self.failure_file(name, key).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ It gets folders (one keyword argument per `Need.role`), writes one folder (`out`
 the finished shards of an interrupted run) and returns a small summary. It knows no Prefect, no
 store, no other stage. Files under `logs/`, and `roots.json`, are not part of an artifact's digest
 (times, metrics and absolute paths live there); a stage's scratch state for resuming lives under
-`state/` and is deleted by the stage when it ends well.
+`state/`: it is no output, and goes once the artifact is in its place.
 
 What the stages leave (paths relative to the artifact; a *part* is a top folder that others can
 need alone):

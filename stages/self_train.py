@@ -92,7 +92,6 @@ def run(
             step=origin["step"] + section.steps,
             ema=ema.state_dict() if ema else None,
         )
-        trainer.checkpoints.clear()
     with_painted = f" and {len(painted)} painted ({section.labels} labels)" if painted else ""
     return Summary(
         text=f"{section.steps} steps on {len(samples)} source samples{with_painted}, "

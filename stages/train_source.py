@@ -81,7 +81,6 @@ def run(
             step=section.steps,
             ema=ema.state_dict() if ema else None,
         )
-        trainer.checkpoints.clear()
     return Summary(
         text=f"{section.steps} steps on {len(samples)} samples, loss {last['loss']:.3f}",
         numbers={

@@ -353,3 +353,15 @@ def test_plan_imports_neither_torch_nor_prefect():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_scratch_state_outlives_the_stage_but_not_the_commit(tmp_path):
+    def with_state(spec, progress, _lock):
+        summary = in_process(spec, progress, _lock)
+        (Path(spec["out"]) / "state").mkdir(exist_ok=True)
+        (Path(spec["out"]) / "state" / "step.pt").write_text("x")
+        return summary
+
+    go(tmp_path, execute=with_state)
+    assert not list(tmp_path.glob("*/*/state"))
+    assert not any("state" in path for path in Store(tmp_path).newest("numbers")["outputs"])

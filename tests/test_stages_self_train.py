@@ -54,7 +54,6 @@ def files(out):
 def test_leaves_student_and_teacher(world, tmp_path, labels):
     summary, told = train(world, tmp_path, labels=labels)
     assert sorted(files(tmp_path)) == ["checkpoint.json", "ema.safetensors", "model.safetensors"]
-    assert not (tmp_path / "state").exists()
     assert describe_checkpoint(tmp_path)["step"] == 3 + 4
     assert (summary.numbers["samples"], summary.numbers["painted"]) == (6, 3)
     assert labels in summary.text

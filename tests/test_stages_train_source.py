@@ -41,7 +41,7 @@ def files(out):
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("*")
-        if path.is_file() and "logs" not in path.parts
+        if path.is_file() and not {"logs", "state"} & set(path.parts)
     }
 
 
