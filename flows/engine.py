@@ -173,7 +173,7 @@ class Engine:
         if pending:
             return self._plan_pending(instance, pending, newest)
         try:
-            key, found = self._identify(instance)
+            key, found = self._identify_wanted(instance)
         except MissingNeedError as error:
             return Step(instance=instance, action="blocked", reason=str(error))
         base = {"instance": instance, "key": key}
@@ -280,6 +280,15 @@ class Engine:
         found = ingredients(instance, digests, self.store)
         return key_of(found), found
 
+    def _identify_wanted(self, instance: Instance) -> tuple[str, dict[str, Any]]:
+        """As `_identify`, of what the user asked for: says how to make all that it lacks."""
+        try:
+            return self._identify(instance)
+        except MissingNeedError as error:
+            raise MissingNeedError(
+                f"{error}\n  or all that is missing with: {self.command} --until {instance.stage}"
+            ) from error
+
     def artifact_of(
         self, name: str, *, needed_by: Instance | None = None, role: str = ""
     ) -> Artifact:
@@ -311,11 +320,7 @@ class Engine:
                 problem = f"is damaged ({error})"
         what = f"{needed_by.name} needs {name}" + (f" ({role})" if role != name else "")
         what = what if needed_by else name
-        everything = f"{self.command} --until {needed_by.stage}" if needed_by else self.command
-        raise MissingNeedError(
-            f"{what}, which {problem}. Make it with: {self.command_for(name)}\n"
-            f"  or all that is missing with: {everything}"
-        )
+        raise MissingNeedError(f"{what}, which {problem}. Make it with: {self.command_for(name)}")
 
     def command_for(self, name: str) -> str:
         """The command that makes an instance."""
@@ -367,7 +372,7 @@ class Engine:
         pinned = self._pinned(instance.name)
         if pinned is not None and not self._is_forced(instance):
             return self._done(instance, pinned, listener)
-        key, found = self._identify(instance)
+        key, found = self._identify_wanted(instance)
         with self.store.lock(
             instance.name,
             key,

@@ -96,14 +96,15 @@ def test_25_kills_at_random_moments_lose_nothing(tmp_path, undisturbed, seed):
     assert digests(tmp_path) == expected
 
 
-def test_ctrl_c_in_the_middle_of_training_is_calm_and_loses_nothing(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_middle_of_training_is_calm_and_loses_nothing(tmp_path, stop):
     process = start(tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("train_source/.staging-*/state/*.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Traceback" not in output

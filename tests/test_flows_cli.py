@@ -313,3 +313,43 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "examples:" in capsys.readouterr().out
+
+
+def test_a_lost_manifest_is_named_and_latest_is_no_artifact(streets, capsys, tmp_path):
+    _, arguments = streets
+    prepare(arguments)
+    store = Store(tmp_path / "artifacts")
+    (folder,) = store.artifacts()
+    store.point_latest("model", folder)
+    capsys.readouterr()
+    assert main(["verify", "--artifacts", str(tmp_path / "artifacts")]) == 0
+    assert "all 1 artifacts are whole" in capsys.readouterr().out
+    (folder / "manifest.json").unlink()
+    assert main(["verify", "--artifacts", str(tmp_path / "artifacts")]) == 1
+    assert "manifest.json is missing" in capsys.readouterr().out
+
+
+def test_a_plan_of_what_lacks_its_needs_is_blocked_and_names_both_ways_out(streets, capsys):
+    _, arguments = streets
+    assert main(["plan", *arguments, "--stage", "evaluate"]) == 3
+    out = capsys.readouterr().out
+    assert "BLOCKED" in out
+    assert "--stage prepare" in out
+    assert "--until evaluate" in out
+
+
+@pytest.mark.parametrize("command", ["plan", "check", "run"])
+def test_an_artifacts_path_that_is_a_file_is_refused(streets, capsys, tmp_path, command):
+    _, arguments = streets
+    (tmp_path / "file").write_text("")
+    assert main([command, *arguments[:2], "--artifacts", str(tmp_path / "file")]) == 2
+    assert "--artifacts DIR" in capsys.readouterr().err
+
+
+def test_check_says_what_is_unused_or_empty(streets, capsys):
+    root, arguments = streets
+    extra = f"data.unlabelled=[{{name: mine, layout: folder, root: {root}/leftImg8bit}}]"
+    main(["check", *arguments, "--set", extra, "--set", "synthesize.model=random"])
+    assert "synthesize.mode=collect" in capsys.readouterr().out
+    assert main(["check", *arguments, "--set", "data.sources=[]"]) == 1
+    assert "at least one labelled" in capsys.readouterr().out
