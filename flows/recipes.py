@@ -150,7 +150,8 @@ def _explain(item: Mapping[str, Any], model: type[BaseModel]) -> str:
         known = _fields_at(model, location[:-1])
         return f"unknown key {dotted!r}{nearest(str(location[-1]), known)}"
     if item["type"] == "value_error":
-        return f"{dotted}: {item['ctx']['error']}."
+        where = f"{dotted}: " if dotted else ""
+        return f"{where}{item['ctx']['error']}."
     message = item["msg"][0].lower() + item["msg"][1:]
     return f"{dotted} = {item.get('input')!r}: {message}."
 

@@ -79,6 +79,25 @@ class DataConfig(Section):
     unlabelled: tuple[DatasetConfig, ...] = ()
     """Pictures that `synthesize` may collect instead of painting."""
 
+    @model_validator(mode="after")
+    def _validation_is_no_target(self) -> Self:
+        """What choices are made on is no unseen domain any more."""
+        targets = {_place(dataset): dataset.name for dataset in self.targets}
+        names = {dataset.name for dataset in self.targets}
+        for dataset in self.validation:
+            if dataset.name in names or _place(dataset) in targets:
+                target = targets.get(_place(dataset), dataset.name)
+                raise ValueError(
+                    f"validation set {dataset.name!r} is also the target {target!r}: choices must "
+                    f"not be made on what is judged as unseen; take another set for one of them"
+                )
+        return self
+
+
+def _place(dataset: DatasetConfig) -> tuple[str, str]:
+    """Where the pictures of a target or validation set lie: both mean split "val" by default."""
+    return dataset.root.rstrip("/"), dataset.split or "val"
+
 
 class WorldConfig(Section):
     """The miniature's streets (`render_world`), rendered only where a data set's root is
@@ -164,6 +183,36 @@ class EmaConfig(Section):
     """Update every so many steps (the released CLOUDS: 100)."""
 
 
+class ProtocolConfig(Section):
+    """How pictures reach the network and what is counted when a model is judged."""
+
+    short_side: int | None = Field(None, gt=0)
+    """Resize pictures to this short side before the network; None: native size."""
+    label_resolution: Literal["native", "network"] = "native"
+    """Score at the label's own size, or at the network's input size (labels resized by nearest)."""
+    mode: Literal["whole", "slide"] = "whole"
+    """Whole pictures, or sliding windows."""
+    window: int = Field(512, gt=0)
+    """Side of the sliding window in pixels."""
+    stride: int = Field(341, gt=0)
+    """Stride of the sliding window in pixels."""
+    absent: Literal["mmseg", "detectron2", "cityscapes"] = "cityscapes"
+    """What a class absent from the truth counts (see `models/evaluators`)."""
+    batch_size: int = Field(4, gt=0)
+    """Pictures per forward pass (pictures of one size)."""
+
+
+class ValidationConfig(ProtocolConfig):
+    """Judge on `data.validation` while training, and keep the weights that judge best."""
+
+    every: int = Field(500, gt=0)
+    """Steps between judgements; the last step is always judged."""
+    patience: int | None = Field(None, gt=0)
+    """Stop after so many judgements in turn without a better one; None: train all steps."""
+    weights: Literal["model", "ema"] = "model"
+    """Which weights are judged (ema needs the training's `ema`)."""
+
+
 class TrainSourceConfig(Section):
     """Train the segmenter on the labelled sources."""
 
@@ -179,12 +228,29 @@ class TrainSourceConfig(Section):
     """Optimiser and schedule."""
     ema: EmaConfig | None = None
     """Average of the weights beside the weights themselves; None: none."""
+    validation: ValidationConfig | None = None
+    """Keep the step with the best mIoU on `data.validation` (mean over its sets) instead of the
+    last one, and stop early by patience; None: all steps, the last one."""
     checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(500, gt=0)
     """Steps between resumable checkpoints."""
     log_every: Annotated[int, NOT_IN_KEY] = Field(20, gt=0)
     """Steps between lines of `logs/metrics.jsonl`."""
     data_workers: Annotated[int, NOT_IN_KEY] = Field(0, ge=0)
     """Processes that read and augment batches ahead; 0: in the training process."""
+
+    @model_validator(mode="after")
+    def _average_to_judge(self) -> Self:
+        return _with_average(self, "train_source")
+
+
+def _with_average(section: Any, name: str) -> Any:
+    """The section, if there is an average wherever validation judges one."""
+    if section.validation and section.validation.weights == "ema" and section.ema is None:
+        raise ValueError(
+            f"{name}.validation.weights=ema, but {name}.ema is null: there is no average to judge; "
+            f"set {name}.ema, or judge the model"
+        )
+    return section
 
 
 class WritePromptsConfig(Section):
@@ -378,12 +444,19 @@ class SelfTrainConfig(Section):
     """Optimiser and schedule."""
     ema: EmaConfig | None = EmaConfig()
     """The next round's teacher; None: the student itself."""
+    validation: ValidationConfig | None = None
+    """Keep the step with the best mIoU on `data.validation` (mean over its sets) instead of the
+    last one, and stop early by patience; None: all steps, the last one."""
     checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(500, gt=0)
     """Steps between resumable checkpoints."""
     log_every: Annotated[int, NOT_IN_KEY] = Field(20, gt=0)
     """Steps between lines of `logs/metrics.jsonl`."""
     data_workers: Annotated[int, NOT_IN_KEY] = Field(0, ge=0)
     """Processes that read and augment batches ahead; 0: in the training process."""
+
+    @model_validator(mode="after")
+    def _average_to_judge(self) -> Self:
+        return _with_average(self, "self_train")
 
     @model_validator(mode="after")
     def _one_crop(self) -> Self:
@@ -397,25 +470,11 @@ class SelfTrainConfig(Section):
         return self
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(ProtocolConfig):
     """Judge a checkpoint on the targets."""
 
     weights: Literal["model", "ema"] = "model"
     """Which of the checkpoint's weights."""
-    short_side: int | None = Field(None, gt=0)
-    """Resize pictures to this short side before the network; None: native size."""
-    label_resolution: Literal["native", "network"] = "native"
-    """Score at the label's own size, or at the network's input size (labels resized by nearest)."""
-    mode: Literal["whole", "slide"] = "whole"
-    """Whole pictures, or sliding windows."""
-    window: int = Field(512, gt=0)
-    """Side of the sliding window in pixels."""
-    stride: int = Field(341, gt=0)
-    """Stride of the sliding window in pixels."""
-    absent: Literal["mmseg", "detectron2", "cityscapes"] = "cityscapes"
-    """What a class absent from the truth counts (see `models/evaluators`)."""
-    batch_size: int = Field(4, gt=0)
-    """Pictures per forward pass (pictures of one size)."""
     num_predictions: int = Field(6, ge=0)
     """Predictions per data set kept for the report."""
 
@@ -485,6 +544,15 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     run: Annotated[RunConfig, NOT_IN_KEY] = RunConfig()
+
+    @model_validator(mode="after")
+    def _something_to_validate_on(self) -> Self:
+        for name in ("train_source", "self_train"):
+            if getattr(self, name).validation and not self.data.validation:
+                raise ValueError(
+                    f"{name}.validation is set, but data.validation names no data set to judge on"
+                )
+        return self
 
     @field_validator("legs")
     @classmethod

@@ -21,8 +21,9 @@ need alone):
                 label_digest, classes {train id: pixels}), `<dataset>.json` (layout, split,
                 label_kind, label_map with its ids, num_samples, class_pixels, refused with why,
                 also_in_sources) and `roots.json` (data set -> absolute root; not digested).
-`train_source`  `model.safetensors checkpoint.json [ema.safetensors]`, `logs/metrics.jsonl` (one
-                JSON a line with "step" and floats).
+`train_source`  `model.safetensors checkpoint.json [ema.safetensors]` (of the step that validated
+                best, where there is validation), `logs/metrics.jsonl` (one JSON a line with "step"
+                and floats; judgements have "step" and "miou").
 `write_prompts` `prompts.jsonl`: id, text, attributes, classes (asked for; of the bank's: named),
                 model ("bank" for shipped ones), seed, untrained; `statistics.json` (replies asked,
                 valid, refused by reason; from_bank; attributes; classes asked, named, weight).
@@ -216,6 +217,18 @@ def _prompt_files(_recipe: Any) -> dict[str, External]:
 
 _LABELSPACE = Need(role="labelspace", stage="prepare", part="labelspace")
 _SOURCES = Need(role="sources", stage="prepare", part="sources")
+
+
+def _validated(stage: str) -> Need:
+    """The validation sets, where the stage's training is judged on them."""
+    return Need(
+        role="validation",
+        stage="prepare",
+        part="validation",
+        when=lambda recipe, _round: getattr(recipe, stage).validation is not None,
+    )
+
+
 _TEACHER = Need(role="teacher", stage="self_train", round_offset=-1, at_round_0="train_source")
 
 CONTRACTS: tuple[Contract, ...] = (
@@ -243,7 +256,7 @@ CONTRACTS: tuple[Contract, ...] = (
         units=lambda recipe: recipe.train_source.steps,
         does="Train the segmenter on the labelled sources.",
         sections=("segmenter", "train_source"),
-        needs=(_SOURCES, _LABELSPACE),
+        needs=(_SOURCES, _LABELSPACE, _validated("train_source")),
         numeric=True,
         weights=("segmenter.encoder.weights", "segmenter.encoder.name"),
     ),
@@ -336,6 +349,7 @@ CONTRACTS: tuple[Contract, ...] = (
             _SOURCES,
             _LABELSPACE,
             _TEACHER,
+            _validated("self_train"),
             Need(role="pictures", stage="synthesize", when=_uses_pictures),
             Need(role="selection", stage="select", when=_uses_pictures),
             Need(

@@ -8,48 +8,27 @@ beside their pictures and truths.
 
 import itertools
 import json
-import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from models.checkpoints import describe_checkpoint, load_segmenter
-from models.inference import predict
 from models.segmenter import Segmenter
 from stages.config import EvaluateConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import Device, choose_device
+from stages.judging import Item, count, read_batches
 from stages.labels import LabelSpace, read_labelspace
 from stages.metrics import DatasetScore, mean, scores
-from stages.readers import Sample, load_index, resize_label
+from stages.readers import Sample, load_index
 from stages.shards import Row, write_json, write_jsonl
 
-READERS = min(8, os.cpu_count() or 1)
-"""Threads that read and decode ahead of the network."""
-BATCHES_AHEAD = 3
 SHOWN_SIDE_PX = 1024
 """Longest side of the pictures kept for the report."""
-
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A sample as the network and the matrix get it."""
-
-    sample: Sample
-    image_HW3: np.ndarray
-    """uint8 RGB at the network's input size."""
-    label_HW: np.ndarray
-    """uint8 train ids at the size that is scored."""
 
 
 def run(
@@ -145,13 +124,8 @@ def _score_dataset(
     score = DatasetScore(space.num_classes, device.device)
     shown = {sample.id for sample in _evenly(samples, config.num_predictions)}
     rows: list[Row] = []
-    for items in _batches(samples, config):
-        labels_BHW = _on(device, np.stack([item.label_HW for item in items]))
-        images_BHW3 = _on(device, np.stack([item.image_HW3 for item in items]))
-        predicted_BHW = _predict(
-            segmenter, images_BHW3.permute(0, 3, 1, 2), labels_BHW, config, device
-        )
-        score.add(predicted_BHW, labels_BHW)
+    for items in read_batches(samples, config):
+        predicted_BHW = count(score, items, segmenter, config, device)
         for item, predicted_HW in zip(items, predicted_BHW, strict=True):
             if item.sample.id in shown:
                 rows.append(_keep(item, predicted_HW.cpu().numpy(), space, predictions))
@@ -161,79 +135,12 @@ def _score_dataset(
     return {**score.to_json(), "predictions": rows, "label_map": label_map}
 
 
-def _on(device: Device, array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).to(device.device, non_blocking=True)
-
-
-def _predict(
-    segmenter: Segmenter,
-    images_B3HW: torch.Tensor,
-    labels_BHW: torch.Tensor,
-    config: EvaluateConfig,
-    device: Device,
-) -> torch.Tensor:
-    """Train ids (uint8 [B, H, W]) at the labels' size."""
-    scores_BKHW = predict(
-        segmenter,
-        images_B3HW,
-        size=tuple(labels_BHW.shape[-2:]),
-        mode=config.mode,
-        window=(config.window, config.window),
-        stride=(config.stride, config.stride),
-        bf16=device.dtype == torch.bfloat16,
-        batch=config.batch_size,
-    )
-    return scores_BKHW.argmax(1).to(torch.uint8)
-
-
-def _batches(samples: Sequence[Sample], config: EvaluateConfig) -> Iterator[list[_Item]]:
-    """Items in batches of one picture size, read ahead; composed by the index alone."""
-    by_size: dict[Size, list[Sample]] = {}
-    for sample in samples:
-        by_size.setdefault((sample.height, sample.width), []).append(sample)
-    batches = [
-        group[start : start + config.batch_size]
-        for group in by_size.values()
-        for start in range(0, len(group), config.batch_size)
-    ]
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="evaluate")
-    waiting: deque[list[Future[_Item]]] = deque()
-    try:
-        for batch in batches:
-            waiting.append([pool.submit(_read, sample, config) for sample in batch])
-            if len(waiting) > BATCHES_AHEAD:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read(sample: Sample, config: EvaluateConfig) -> _Item:
-    image_HW3, label_HW = sample.read_image(), sample.read_label()
-    size = network_size((sample.height, sample.width), config.short_side)
-    if size != image_HW3.shape[:2]:
-        picture = Image.fromarray(image_HW3)
-        image_HW3 = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
-    if config.label_resolution == "network" and size != label_HW.shape:
-        label_HW = resize_label(label_HW, size)
-    return _Item(sample, image_HW3, label_HW)
-
-
-def network_size(size: Size, short_side: int | None) -> Size:
-    """(height, width) of the network's input: the short side as asked, the aspect kept."""
-    if short_side is None:
-        return size
-    scale = short_side / min(size)
-    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
-
-
 def _evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
     count = min(count, len(samples))
     return [samples[number * len(samples) // count] for number in range(count)]
 
 
-def _keep(item: _Item, predicted_HW: np.ndarray, space: LabelSpace, predictions: Path) -> Row:
+def _keep(item: Item, predicted_HW: np.ndarray, space: LabelSpace, predictions: Path) -> Row:
     """Write prediction and truth (PNG, value = train id, palette = class colours) and picture."""
     folder = predictions / item.sample.dataset
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ index, a card and the roots. The index does not depend on where the data sets li
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ def run(
         (job.role, job.dataset.name): _check_dataset(job, config.prepare, state, progress)
         for job in jobs
     }
+    _refuse_targets_for_validation(rows)
     (out / "labelspace").mkdir(exist_ok=True)
     space.save(out / "labelspace")
     seen_in_sources = {
@@ -92,6 +93,29 @@ def run(
         write_json(part / "roots.json", {job.dataset.name: _root_entry(job, part) for job in mine})
     shutil.rmtree(state)
     return _summary(cards)
+
+
+def _refuse_targets_for_validation(rows: Mapping[tuple[str, str], Sequence[Row]]) -> None:
+    """Choices made on a picture that is later judged as unseen would make that judgement void."""
+    targets = {
+        row["image_digest"]: row["id"]
+        for (role, _), checked in rows.items()
+        for row in checked
+        if role == "targets" and "image_digest" in row
+    }
+    shared = [
+        (row["id"], targets[row["image_digest"]])
+        for (role, _), checked in rows.items()
+        for row in checked
+        if role == "validation" and row.get("image_digest") in targets
+    ]
+    if shared:
+        first, target = shared[0]
+        raise ValueError(
+            f"{len(shared)} validation pictures are also targets (the first: {first} is {target}): "
+            "choices must not be made on what is judged as unseen. Take another set for one of "
+            "them."
+        )
 
 
 def _root_entry(job: _Job, part: Path) -> str:

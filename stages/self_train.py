@@ -17,6 +17,7 @@ from stages.objectives import SegmentationObjective, load_sources
 from stages.readers import Sample, load_painted
 from stages.shards import item_seed
 from stages.training import Trainer
+from stages.validation import segmenter_validation, told
 
 
 def run(
@@ -30,11 +31,12 @@ def run(
     pictures: Path | None = None,
     selection: Path | None = None,
     labels: Path | None = None,
+    validation: Path | None = None,
 ) -> Summary:
     """Train on `sources` and the painted `pictures` with their `labels`, from the `teacher` on.
 
     With `self_train.labels` "none" (the control) pictures and labels are not used: as many steps
-    on the source alone.
+    on the source alone. `validation` sets choose the step, where that is asked for.
 
     Raises:
         ValueError: samples or pictures are missing or do not pair; the teacher, the labels and the
@@ -57,6 +59,7 @@ def run(
     # 2. The student, and the average that will teach the next round.
     student = _student(section, teacher, progress).to(device.device).train()
     ema = Ema(student, section.ema.decay, section.ema.every) if section.ema else None
+    chooser = segmenter_validation(section.validation, validation, student, ema=ema, device=device)
 
     # 3. Train.
     trainer = Trainer(
@@ -74,6 +77,7 @@ def run(
         steps=section.steps,
         optimiser=section.optimiser,
         ema=ema,
+        validation=chooser,
         device=device,
         seed=seed,
         out=out,
@@ -89,19 +93,22 @@ def run(
             out,
             student,
             label_space=space.name,
-            step=origin["step"] + section.steps,
+            step=origin["step"] + trainer.kept_step,
             ema=ema.state_dict() if ema else None,
+            extra={"validation": chooser.to_json()} if chooser else None,
         )
     with_painted = f" and {len(painted)} painted ({section.labels} labels)" if painted else ""
+    kept, kept_numbers = told(chooser)
     return Summary(
         text=f"{section.steps} steps on {len(samples)} source samples{with_painted}, "
-        f"loss {last['loss']:.3f}",
+        f"loss {last['loss']:.3f}{kept}",
         numbers={
             "steps": section.steps,
             "samples": len(samples),
             "painted": len(painted),
             "loss": last["loss"],
             "trained_parameters": sum(p.numel() for p in trainer.parameters),
+            **kept_numbers,
         },
     )
 

@@ -17,12 +17,19 @@ from stages.labels import read_labelspace
 from stages.objectives import SegmentationObjective, load_sources
 from stages.shards import item_seed
 from stages.training import Trainer
+from stages.validation import segmenter_validation, told
 
 
 def run(
-    config: StageConfig, *, out: Path, progress: Progress, sources: Path, labelspace: Path
+    config: StageConfig,
+    *,
+    out: Path,
+    progress: Progress,
+    sources: Path,
+    labelspace: Path,
+    validation: Path | None = None,
 ) -> Summary:
-    """Train on `sources` and leave a checkpoint in `out`.
+    """Train on `sources` and leave a checkpoint in `out`; `validation` sets choose the step.
 
     Raises:
         ValueError: no labelled samples; a configuration that does not fit.
@@ -49,6 +56,10 @@ def run(
     ).train()
     ema = Ema(segmenter, section.ema.decay, section.ema.every) if section.ema else None
 
+    chooser = segmenter_validation(
+        section.validation, validation, segmenter, ema=ema, device=device
+    )
+
     # 3. Train.
     trainer = Trainer(
         segmenter,
@@ -63,6 +74,7 @@ def run(
         steps=section.steps,
         optimiser=section.optimiser,
         ema=ema,
+        validation=chooser,
         device=device,
         seed=item_seed(config.seed, "train_source"),
         out=out,
@@ -78,16 +90,19 @@ def run(
             out,
             segmenter,
             label_space=space.name,
-            step=section.steps,
+            step=trainer.kept_step,
             ema=ema.state_dict() if ema else None,
+            extra={"validation": chooser.to_json()} if chooser else None,
         )
+    kept, kept_numbers = told(chooser)
     return Summary(
-        text=f"{section.steps} steps on {len(samples)} samples, loss {last['loss']:.3f}",
+        text=f"{section.steps} steps on {len(samples)} samples, loss {last['loss']:.3f}{kept}",
         numbers={
             "steps": section.steps,
             "samples": len(samples),
             "loss": last["loss"],
             "trained_parameters": sum(p.numel() for p in trainer.parameters),
+            **kept_numbers,
         },
     )
 

@@ -34,6 +34,7 @@ from stages.config import OptimiserConfig
 from stages.contracts import Progress
 from stages.devices import Device
 from stages.shards import file_digest, item_seed, write_json
+from stages.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Trainer:
         steps: updates in all.
         optimiser: schedule, clipping, accumulation (`lr` and `weight_decay` are in `groups`).
         ema: average of the model, updated here; None: none.
+        validation: which step's weights stay, and when to stop; None: the last step's.
         device: where, in which precision.
         seed: of the global generators (dropout); batches and points have seeds of their own.
         out: the stage's folder; `state/` and `logs/metrics.jsonl` are written below it.
@@ -118,10 +120,12 @@ class Trainer:
         out: Path,
         batch_size: int,
         ema: Ema | None = None,
+        validation: Validation | None = None,
         checkpoint_every: int = 500,
         log_every: int = 20,
     ) -> None:
         self.model, self.objective, self.ema = model, objective, ema
+        self.validation = validation
         self.steps, self.config, self.seed, self.batch_size = steps, optimiser, seed, batch_size
         self.checkpoint_every, self.log_every = checkpoint_every, log_every
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -149,7 +153,7 @@ class Trainer:
         self.metrics = Metrics(out / "logs" / "metrics.jsonl")
 
     def run(self, progress: Progress) -> dict[str, float]:
-        """Train up to `steps`; model and ema hold the result.
+        """Train up to `steps`; model and ema hold the result: the last step's, or the best one's.
 
         Returns:
             The numbers of the last update: "loss", each loss, "grad_norm", "lr".
@@ -172,10 +176,46 @@ class Trainer:
                 samples_per_s = (done - first) * self.batch_size / (perf_counter() - started)
                 self.metrics.write({"step": done, **values, "samples_per_s": samples_per_s})
             progress.advance(1, loss=values["loss"], lr=values["lr"])
+            if self._judge(done, progress):
+                break
             if self.is_main and done % self.checkpoint_every == 0 and done < self.steps:
                 self.checkpoints.save(done, self._state())
         self.accelerator.wait_for_everyone()
+        if self.validation is not None:
+            self._put_back(self.validation.weights)
         return values
+
+    def _judge(self, done: int, progress: Progress) -> bool:
+        """Validate if it is time; whether to stop. One rank judges, all hear the same number."""
+        validation = self.validation
+        if validation is None or not validation.is_due(done, self.steps):
+            return False
+        own = validation.judge() if self.is_main else 0.0
+        told = torch.tensor(own, dtype=torch.float32, device=self.accelerator.device)
+        miou = self.accelerator.reduce(told, reduction="sum").item()
+        validation.record(done, miou, self._weights())
+        if self.is_main:
+            self.metrics.write({"step": done, "miou": miou})
+        if validation.is_over:
+            progress.note(
+                f"stops after step {done} of {self.steps}: no better validation since step "
+                f"{validation.best_step} (mIoU {100 * validation.best_miou:.2f})"
+            )
+        return validation.is_over
+
+    def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        weights = {"model": trained_tensors(self.model)}
+        return weights | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
+
+    def _put_back(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        load_trained_tensors(self.model, weights["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(dict(weights["ema"]))
+
+    @property
+    def kept_step(self) -> int:
+        """Updates behind the weights that `run` left."""
+        return self.validation.best_step if self.validation is not None else self.steps
 
     @property
     def is_main(self) -> bool:
@@ -234,8 +274,10 @@ class Trainer:
         return {**values, "grad_norm": norm_value}
 
     def _state(self) -> dict[str, Any]:
-        state = {"model": trained_tensors(self.model), "optimizer": self.optimizer.state_dict()}
-        return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
+        state = self._weights() | {"optimizer": self.optimizer.state_dict()}
+        if self.validation is not None:
+            state["validation"] = self.validation.state_dict()
+        return state
 
     def _resume(self, progress: Progress) -> int:
         found = self.checkpoints.newest(progress.note)
@@ -244,10 +286,10 @@ class Trainer:
                 self.metrics.cut(0)
             return 0
         step, state = found
-        load_trained_tensors(self.model, state["model"])
+        self._put_back(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        if self.validation is not None:
+            self.validation.load_state_dict(state["validation"])
         if self.is_main:
             self.metrics.cut(step)
         progress.note(f"goes on after step {step} of {self.steps}")

@@ -11,6 +11,7 @@ from models.build import build_segmenter
 from models.checkpoints import load_segmenter, save_segmenter
 from stages import evaluate, prepare
 from stages.config import EvaluateConfig, Recipe
+from stages.judging import network_size
 from stages.labels import load_labelspace, read_labelspace
 from stages.metrics import DatasetScore, mean, scores
 from stages.readers import load_index, resize_label
@@ -222,7 +223,7 @@ def test_labels_are_scored_at_their_own_or_at_the_networks_size(inputs, tmp_path
     ],
 )
 def test_the_networks_size_keeps_the_aspect(size, short_side, expected):
-    assert evaluate.network_size(size, short_side) == expected
+    assert network_size(size, short_side) == expected
 
 
 def test_ema_weights_are_judged_when_asked_and_missed_by_name(inputs, tmp_path):

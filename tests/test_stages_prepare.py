@@ -262,3 +262,14 @@ def test_pictures_that_are_in_source_and_target_are_told(tmp_path, root):
     card = json.loads((tmp_path / "out" / "targets" / "copy.json").read_text())
     assert card["also_in_sources"] == ["copy/00001", "copy/00003"]
     assert any("2 pictures are also among the sources" in note for note in heard.notes)
+
+
+def test_a_validation_set_that_holds_pictures_of_a_target_is_refused(tmp_path, root):
+    shutil.copytree(root / CITY["root"], root / "copied")
+    copy = CITY | {"name": "copy", "root": "copied"}
+    with pytest.raises(ValueError, match=r"3 validation pictures are also targets .*copy/.* is"):
+        prepared(tmp_path / "out", root, targets=[CITY], validation=[copy])
+    small_datasets.cityscapes(root / "others", count=2, first=10)
+    others = copy | {"root": "others"}
+    summary = prepared(tmp_path / "new", root, targets=[CITY], validation=[others])
+    assert summary.numbers["validation"] == 2

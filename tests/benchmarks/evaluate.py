@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models.build import build_segmenter
 from models.config import DecoderConfig, EncoderConfig, SegmenterConfig
 from models.segmenter import Segmenter
-from stages import evaluate
+from stages import judging
 from stages.config import EvaluateConfig
 from stages.devices import Device, device_for
 from stages.metrics import DatasetScore
@@ -172,7 +172,9 @@ def wait_share(
             break
         labels = torch.from_numpy(np.stack([item.label_HW for item in items])).to(device.device)
         images = torch.from_numpy(np.stack([item.image_HW3 for item in items])).to(device.device)
-        predicted = evaluate._predict(segmenter, images.permute(0, 3, 1, 2), labels, config, device)
+        predicted = judging.predict_labels(
+            segmenter, images.permute(0, 3, 1, 2), labels, config, device
+        )
         score.add(predicted, labels)
     score.to_json()
     return 100 * waited_s / (time.perf_counter() - started)
@@ -187,11 +189,11 @@ def wait_case(device: Device, folder: Path, runs: int) -> dict:
     segmenter = build_segmenter(SEGMENTER, class_names=names, device=device.device).eval()
 
     def ahead() -> float:
-        return wait_share(evaluate._batches(samples, config), segmenter, config, device)
+        return wait_share(judging.read_batches(samples, config), segmenter, config, device)
 
     def in_turn() -> float:
         pairs = (samples[start : start + 2] for start in range(0, len(samples), 2))
-        batches = ([evaluate._read(sample, config) for sample in pair] for pair in pairs)
+        batches = ([judging.read_item(sample, config) for sample in pair] for pair in pairs)
         return wait_share(batches, segmenter, config, device)
 
     return compare("wait", ahead, in_turn, "%", runs)
