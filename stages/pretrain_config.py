@@ -35,13 +35,13 @@ class PretrainSection(Section):
 class PretrainSamConfig(PretrainSection):
     """Train the miniature SAM on rendered web pictures."""
 
-    steps: int = Field(8_000, gt=0)
+    steps: int = Field(6_000, gt=0)
     """Updates."""
     lr: float = Field(1.2e-3, gt=0)
     """Learning rate of AdamW after the warm-up."""
     warmup_steps: int = Field(60, ge=0)
     """Linear warm-up."""
-    decay_share: float = Field(0.5, gt=0, le=1)
+    decay_share: float = Field(0.48, gt=0, le=1)
     """Last share of the steps, over which the learning rate falls linearly to nought."""
     batch_size: int = Field(8, gt=0)
     """Pictures per update."""
