@@ -1,6 +1,8 @@
 # Two commands: `make run` sets everything up and runs the miniature, `make test` the tests.
 PYTHON ?= python3
 RECIPE ?= miniature
+# Of `make ablation`: painted, or web (unlabelled pictures standing in).
+PICTURES ?= painted
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -8,10 +10,13 @@ READY := $(VENV)/.ready
 TEST := OMP_NUM_THREADS=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 $(PY) -m pytest
 NOT_HERE := not slow and not gpu and not postgres and not faults
 
-.PHONY: run setup test test-faults test-slow lint deploy golden clean
+.PHONY: run ablation setup test test-faults test-slow lint deploy golden clean
 
 run: $(READY)
 	$(PY) flows/clouds.py --recipe $(RECIPE)
+
+ablation: $(READY)
+	$(PY) flows/clouds.py study ablation --with pictures=$(PICTURES)
 
 setup: $(READY)
 

@@ -231,6 +231,46 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
 
 
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", metavar="NAME|FILE.yaml", nargs="?", help="which study; none: list them"
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE.yaml", help="in place of the study's own")
+    parser.add_argument("--seeds", type=_numbers, default=(), metavar="0,1,2", help="seeds to run")
+    parser.add_argument(
+        "--case",
+        dest="cases",
+        action="append",
+        default=[],
+        metavar="CASE",
+        help="only this case (may be repeated)",
+    )
+    parser.add_argument(
+        "--with",
+        dest="choices",
+        action="append",
+        default=[],
+        metavar="VARIABLE=CHOICE",
+        help="choose a variant of the study, for example pictures=web (may be repeated)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting in all cases (may be repeated)",
+    )
+    _store_options(parser)
+    parser.add_argument(
+        "--plan", action="store_true", help="say what would run, and tabulate what is there"
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
 def _no_options(_parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -374,6 +414,37 @@ def _recipes(_arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    from flows import studies, study_console, study_runs
+    from stages.launch import execute
+
+    if arguments.name is None:
+        study_console.studies({name: studies.load_study(name) for name in studies.study_files()})
+        return EXIT_OK
+    plan = studies.arrange_study(
+        arguments.name,
+        artifacts=arguments.artifacts,
+        recipe=arguments.recipe,
+        seeds=arguments.seeds,
+        cases=arguments.cases,
+        choices=arguments.choices,
+        overrides=arguments.overrides,
+    )
+    found = study_runs.forecast(plan.trials)
+    study_console.forecast(plan, found)
+    if arguments.plan:
+        study_console.table(plan, study_runs.tabulate(plan))
+        return EXIT_WOULD_RUN if found.pending else EXIT_OK
+    with study_console.StudyConsole() as listener:
+        result = study_runs.run_study(
+            plan,
+            listener=listener,
+            execute=lambda spec, progress, _lock: execute(spec, progress),
+        )
+    study_console.table(plan, result)
+    return EXIT_FAILED if result.failures else EXIT_OK
+
+
 def _config(arguments: argparse.Namespace) -> int:
     if arguments.what == "schema":
         from stages.config import Recipe
@@ -399,6 +470,7 @@ _VERBS: dict[str, tuple[str, _Options, _Do]] = {
     "verify": ("Check artifacts against their manifests.", _verify_options, _verify),
     "adopt": ("Take something made elsewhere as a stage's output.", _adopt_options, _adopt),
     "import": ("Convert a published system's checkpoint into ours.", _import_options, _import),
+    "study": ("Run a family of recipes; one table with spreads.", _study_options, _study),
     "check": ("Look at everything a run needs, without running.", _check_options, _check),
     "recipes": ("List the shipped recipes.", _no_options, _recipes),
     "config": ("Show, validate or describe a recipe's settings.", _config_options, _config),

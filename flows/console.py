@@ -117,7 +117,7 @@ class Console:
         """One line: what, how many, how long, where."""
         self._stop_bars()
         how = "cached" if result.cached else duration(result.seconds)
-        say(f"{instance.name:<24} {how:>12}  {result.text}  [{_place(result.artifact.folder)}]")
+        say(f"{instance.name:<24} {how:>12}  {result.text}  [{place(result.artifact.folder)}]")
 
     def _stop_bars(self) -> None:
         if self._bars is not None:
@@ -159,8 +159,8 @@ class _Quiet:
             say(f"  {self._name}: {self._done}/{self._total} {self._unit}{shown}")
 
 
-def _place(folder: Path) -> str:
-    """Relative to where the user stands, if it lies below."""
+def place(folder: Path) -> str:
+    """A path relative to where the user stands, if it lies below."""
     relative = os.path.relpath(folder)
     return os.path.abspath(folder) if relative.startswith("..") else relative
 
@@ -173,7 +173,7 @@ def stage_failed(failure: StageError) -> None:
         return
     if not failure.user:
         error(f"this was not expected ({type(failure.error).__name__}).")
-    error(f"the whole error is kept at {_place(failure.kept)}; the same command resumes.")
+    error(f"the whole error is kept at {place(failure.kept)}; the same command resumes.")
 
 
 def run_finished(engine: Engine, record: Mapping[str, Any]) -> None:
@@ -190,7 +190,7 @@ def run_finished(engine: Engine, record: Mapping[str, Any]) -> None:
     if evaluations:
         _results({name: read_json(path) for name, path in evaluations.items()})
     if "report" in done:
-        say(f"report: {_place(engine.store.root / done['report']['folder'] / 'report.html')}")
+        say(f"report: {place(engine.store.root / done['report']['folder'] / 'report.html')}")
 
 
 def _results(results: Mapping[str, Any]) -> None:
@@ -200,19 +200,23 @@ def _results(results: Mapping[str, Any]) -> None:
     rows = [["mIoU %", *targets, "mean"]]
     for name, entry in results.items():
         values = [entry["sets"].get(target, {}).get("miou") for target in targets]
-        rows.append([name, *map(_percent, values), _percent(entry.get("miou_mean"))])
-    _table(rows)
+        rows.append([name, *map(percent, values), percent(entry.get("miou_mean"))])
+    table(rows)
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """ "43.21" of 0.4321."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> None:
+def table(rows: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
+    """A plain table; the first `num_left` columns are words, the others numbers."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [
+            cell.ljust(width) if column < num_left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         say("  ".join(cells).rstrip())
 
 
@@ -277,7 +281,7 @@ def show(folder: Path, manifest: Mapping[str, Any], lineage: Any, *, as_json: bo
     total = sum(entry["bytes"] for entry in outputs.values())
     say(f"{manifest['instance']}  {manifest['key']}")
     say(f"  {manifest['summary']['text']}")
-    say(f"  folder    {_place(folder)}")
+    say(f"  folder    {place(folder)}")
     say(f"  outputs   {len(outputs)} entries, {size(total)}, digest {manifest['digest']}")
     say(f"  made      {manifest['finished']} in {duration(manifest['seconds'])}")
     say(f"  on        {manifest.get('host')}, seed {manifest['seed']}, {manifest['precision']}")

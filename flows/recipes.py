@@ -160,8 +160,8 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """Names of the fields of the section that a location inside the model leads to."""
     current: Any = model
     for part in location:
-        if isinstance(part, int):
-            continue
+        if isinstance(part, int) or part not in current.model_fields:
+            continue  # an entry of a list or mapping
         current = _section_of(current.model_fields[part].annotation)
     return list(current.model_fields)
 

@@ -67,6 +67,7 @@ def run(
     listener: Listener,
     execute: Executor,
     overrides: Sequence[str] = (),
+    study: str | None = None,
     around: Callable[[Instance, Callable[[], Result]], Result] = _directly,
 ) -> dict[str, Any]:
     """Run the selected instances; what is done already is skipped.
@@ -77,6 +78,7 @@ def run(
         listener: told what happens.
         execute: runs a stage, in this process or a child.
         overrides: for the record.
+        study: for the record, which study the run is a part of: `latest/` does not follow it.
         around: calls what runs an instance (again, if a retry is worth it), for example as a task.
 
     Returns:
@@ -90,7 +92,7 @@ def run(
     pending = [step.instance for step in steps if step.action != "skip"]
     if pending:
         preflight(pending, store=engine.store, listener=listener)
-    record = _new_record(engine, overrides)
+    record = _new_record(engine, overrides, study)
     engine.run_id = record["id"]
     try:
         for instance in selected:
@@ -117,13 +119,14 @@ def run(
     return record
 
 
-def _new_record(engine: Engine, overrides: Sequence[str]) -> dict[str, Any]:
+def _new_record(engine: Engine, overrides: Sequence[str], study: str | None) -> dict[str, Any]:
     started = _now()
     stamp = started.replace(":", "").replace("-", "").split(".")[0]
     return {
         "id": f"{stamp}-{uuid.uuid4().hex[:6]}",
         "recipe": engine.recipe.name,
         "overrides": list(overrides),
+        "study": study,
         "config": engine.recipe.model_dump(mode="json"),
         "prefect_run_id": engine.prefect_run_id,
         "started": started,
@@ -134,7 +137,7 @@ def _new_record(engine: Engine, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def note_result(record: dict[str, Any], engine: Engine, result: Result) -> None:
-    """Add an instance's outcome to the record, and let `latest/` follow."""
+    """Add an instance's outcome to the record, and let `latest/` follow (not to studies)."""
     artifact = result.artifact
     record["instances"][artifact.name] = {
         "key": artifact.key,
@@ -150,7 +153,7 @@ def note_result(record: dict[str, Any], engine: Engine, result: Result) -> None:
         "self_train": ("model", artifact.folder),
     }
     name, target = targets.get(artifact.manifest["stage"], (None, Path()))
-    if name and target.exists():
+    if name and target.exists() and not record.get("study"):
         engine.store.point_latest(name, target)
 
 
