@@ -7,7 +7,7 @@ python flows/miniature.py plan                         what would run, and why
 python flows/miniature.py ship [--network clip]        copy what passed its gate, with its card
 
 What comes out lies in `artifacts/`; `ship` copies the networks that passed their gates
-(`measure_clip`, `measure_sam`) into `models/miniature/`.
+(`measure_clip`, `measure_sam`, `measure_writer`) into `models/miniature/`.
 """
 
 import argparse
@@ -32,12 +32,24 @@ from flows.recipes import ConfigError, parse_override, set_dotted, validate  # n
 from flows.runs import run  # noqa: E402
 from flows.store import Store, StoreError  # noqa: E402
 from models.config import MINIATURE_DIR  # noqa: E402
-from stages.contracts import Contract, Need  # noqa: E402
+from stages.contracts import Contract, External, Need  # noqa: E402
 from stages.launch import execute  # noqa: E402
 from stages.model_cards import write_card  # noqa: E402
 from stages.pretrain_config import PretrainRecipe  # noqa: E402
 
-NETWORKS = ("clip", "sam")
+NETWORKS = ("clip", "sam", "writer")
+
+
+def _words(_recipe: Any) -> dict[str, External]:
+    """What the writer is told, and the phrases it learns."""
+    prompts = Path(_ROOT) / "prompts"
+    return {
+        "prompts": External(
+            base=prompts, paths=(prompts / "attributes.yaml", prompts / "writer.yaml")
+        ),
+        "phrases": External(base=MINIATURE_DIR, paths=(MINIATURE_DIR / "writer_phrases.yaml",)),
+    }
+
 
 CONTRACTS: tuple[Contract, ...] = (
     Contract(
@@ -66,7 +78,26 @@ CONTRACTS: tuple[Contract, ...] = (
             needs=(Need(role=network, stage=f"pretrain_{network}"),),
             numeric=True,
         )
-        for network in NETWORKS
+        for network in ("clip", "sam")
+    ),
+    Contract(
+        name="pretrain_writer",
+        version=1,
+        verb="stages.pretrain_writer",
+        does="Train the miniature's writer on planned requests and sentences put together.",
+        sections=("pretrain_writer",),
+        externals=_words,
+        numeric=True,
+    ),
+    Contract(
+        name="measure_writer",
+        version=1,
+        verb="stages.measure_writer",
+        does="Have it answer a plan that no training saw, and judge every reply.",
+        sections=("measure_writer",),
+        needs=(Need(role="writer", stage="pretrain_writer"),),
+        externals=_words,
+        numeric=True,
     ),
 )
 """The stages of the pre-training, each after everything it needs."""

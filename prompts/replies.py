@@ -120,11 +120,17 @@ def _form_problem(text: str, *, finished: bool) -> Problem | None:
 
 
 def _talk_problem(lower: str, words: WriterWords) -> Problem | None:
-    if any(phrase in lower for phrase in words.refusals):
+    if _says(lower, words.refusals):
         return Problem(kind="refusal", detail="it refused")
-    if _LABEL.match(lower) or any(phrase in lower for phrase in words.chatter):
+    if _LABEL.match(lower) or _says(lower, words.chatter):
         return Problem(kind="chatter", detail="it talked about the task")
     return None
+
+
+def _says(lower: str, phrases: Iterable[str]) -> bool:
+    """Whether a text in lower case holds a phrase that begins as a word: "here are" is not in
+    "there are"."""
+    return any(re.search(rf"(?<!\w){re.escape(phrase)}", lower) for phrase in phrases)
 
 
 def _content_problem(

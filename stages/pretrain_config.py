@@ -68,6 +68,19 @@ class PretrainClipConfig(PretrainSection):
     """Weight of the losses between words and patches."""
 
 
+class PretrainWriterConfig(PretrainSection):
+    """Train the miniature's writer on requests and sentences put together by rule."""
+
+    steps: int = Field(2_000, gt=0)
+    """Updates."""
+    lr: float = Field(2.5e-3, gt=0)
+    """Learning rate of AdamW after the warm-up."""
+    decay_share: float = Field(0.6, gt=0, le=1)
+    """Last share of the steps, over which the learning rate falls linearly to nought."""
+    batch_size: int = Field(32, gt=0)
+    """Sentences per update."""
+
+
 class MeasureMiniatureConfig(Section):
     """Measure the miniature's CLIP and SAM on web pictures that no training saw."""
 
@@ -93,6 +106,23 @@ class MeasureMiniatureConfig(Section):
     """Least gain of masks over mask prompts, in IoU."""
 
 
+class MeasureWriterConfig(Section):
+    """Have the miniature's writer answer a plan, and judge every first reply."""
+
+    num_prompts: int = Field(1_000, gt=0)
+    """Requests per label space."""
+    batch_size: int = Field(50, gt=0)
+    """Requests at once."""
+    max_new_tokens: int = Field(96, gt=0)
+    """Longest reply."""
+    temperature: float = Field(0.9, ge=0)
+    """Sampling temperature, as `write_prompts` has it."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling, as `write_prompts` has it."""
+    min_share: float = Field(0.95, ge=0, le=1)
+    """Least share of first replies that are valid and distinct."""
+
+
 class PretrainRecipe(Section):
     """The miniature's pre-trainings, as `flows/miniature.py` runs them."""
 
@@ -104,5 +134,7 @@ class PretrainRecipe(Section):
     """Autocast of the forward passes."""
     pretrain_clip: PretrainClipConfig = PretrainClipConfig()
     pretrain_sam: PretrainSamConfig = PretrainSamConfig()
+    pretrain_writer: PretrainWriterConfig = PretrainWriterConfig()
     measure_miniature: MeasureMiniatureConfig = MeasureMiniatureConfig()
+    measure_writer: MeasureWriterConfig = MeasureWriterConfig()
     run: Annotated[RunConfig, NOT_IN_KEY] = RunConfig()
