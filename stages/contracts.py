@@ -262,7 +262,7 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="write_prompts",
-        version=1,
+        version=2,
         verb="stages.write_prompts",
         does="Have a language model write scene descriptions.",
         sections=("write_prompts",),

@@ -14,7 +14,12 @@ CARD_NAME = "README.md"
 
 _DIGEST_LINE = re.compile(r"^\| `([^`]+)` \| (\d+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 
-_TITLES = {"clip": "Miniature CLIP", "sam": "Miniature SAM"}
+_TITLES = {"clip": "Miniature CLIP", "sam": "Miniature SAM", "writer": "Miniature writer"}
+_CARD_SUFFIXES = (".json", ".jinja", ".safetensors")
+"""Files whose digests a card states."""
+
+_LESSONS = ("pictures", "sentences")
+"""What a network learned from, as its summary counts it."""
 
 _ABOUT = {
     "clip": """A small CLIP in open_clip's own classes (`CLIP`, `ModifiedResNet`): the code
@@ -47,6 +52,21 @@ entity. No class is ever told.
 
 **What it is not.** A general segmenter: it knows rendered streets at this size. Regions below 48
 pixels were not trained.""",
+    "writer": """A small Llama in transformers' own classes (`AutoModelForCausalLM`, `AutoTokenizer`
+with a chat template): `write_prompts` loads and asks it as any other model
+(`write_prompts.model: builtin:writer`).
+
+**Training.** Requests as `write_prompts` makes them: planned by `prompts/plan.py`, worded by
+`prompts/writer.yaml`, for the classes of the label spaces miniature and cityscapes19. The replies
+are sentences put together by rule from the shapes and phrases of
+`models/miniature/writer_phrases.yaml`, new ones in every step; only such as pass the checks of
+`prompts/replies.py`. The fixed parts of a request are single tokens, and the chat template shows
+the last request alone.
+
+**What it is not.** A language model of English: it knows some six hundred words, all of streets,
+and answers this one request. It learned from a rule of ours, so it shows that the path from
+instruction to prompt works with a trained model, not that a model was needed. Another wording of
+the instruction (`prompts/writer.yaml`) calls for another training.""",
 }
 
 
@@ -61,7 +81,7 @@ def write_card(
 
     Args:
         folder: the network's folder.
-        network: "clip" or "sam".
+        network: "clip", "sam" or "writer".
         manifest: of the artifact it comes from.
         gates: the network's part of `gates.json`.
     """
@@ -69,7 +89,7 @@ def write_card(
     section = manifest["config"][manifest["stage"]]
     facts = {
         "Steps": f"{numbers['steps']:.0f} of a schedule of {section['steps']}",
-        "Pictures": numbers["pictures"],
+        **{name.capitalize(): numbers[name] for name in _LESSONS if name in numbers},
         "CPU hours": f"{numbers['cpu_s'] / 3600:.2f} (one thread, beside other work)",
         "Seed": manifest["seed"],
         "Precision": f"{manifest['precision']} autocast; shipped as fp16",
@@ -78,7 +98,7 @@ def write_card(
         "Gate": "passed" if gates["passed"] else "NOT passed",
     }
     table = [f"| {name} | {value} |" for name, value in facts.items()]
-    quality = _sam_table(gates) if network == "sam" else _clip_table(gates)
+    quality = _QUALITY[network](gates)
     lines = [
         f"# {_TITLES[network]}",
         "",
@@ -89,7 +109,7 @@ def write_card(
         "|---|---|",
         *table,
         "",
-        "## Quality, on pictures that no training saw",
+        f"## Quality, on {'requests' if network == 'writer' else 'pictures'} that no training saw",
         "",
         *quality,
         "",
@@ -110,7 +130,7 @@ def card_digests(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def _files(folder: Path) -> list[str]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    paths = sorted(path for path in folder.iterdir() if path.suffix in _CARD_SUFFIXES)
     return [f"| `{path.name}` | {path.stat().st_size} | `{file_digest(path)}` |" for path in paths]
 
 
@@ -144,3 +164,29 @@ def _clip_table(gates: Mapping[str, Any]) -> list[str]:
         web, source = (", ".join(f"{100 * v:.1f}" for v in row[key]) for key in ("web", "source"))
         lines.append(f"| {case.replace('_', ' ')} | {web} | {source} |")
     return lines
+
+
+def _writer_table(gates: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "First replies to a plan. Accepted: valid by every check of `prompts/replies.py`, and "
+        "neither a copy nor a near copy of one before. Follows: with a phrase of the place, time, "
+        "weather, season asked for (a rule leaves some out); strays: with one of another value "
+        "only.",
+        "",
+        "| label space | replies | accepted | follows | strays | words |",
+        "|---|---|---|---|---|---|",
+    ]
+    for labels, row in gates["label_spaces"].items():
+        follows, strays = (
+            ", ".join(f"{100 * share:.1f}" for share in row[key].values())
+            for key in ("follows", "strays")
+        )
+        lines.append(
+            f"| {labels} | {row['replies']} | {100 * row['accepted']:.1f} % | {follows} % "
+            f"| {strays} % | {row['mean_words']} |"
+        )
+    samples = next(iter(gates["label_spaces"].values()))["samples"]
+    return [*lines, "", "The first replies:", "", *(f"- {text}" for text in samples)]
+
+
+_QUALITY = {"sam": _sam_table, "clip": _clip_table, "writer": _writer_table}

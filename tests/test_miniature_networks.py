@@ -13,13 +13,15 @@ from models.miniature import materials, sam_lessons
 from models.miniature.renderer import render
 from models.miniature.sam_network import build_sam, read_sizes
 from models.refiner import build_refiner
+from stages import write_prompts
 from stages.labels import load_labelspace
 from stages.measure_miniature import _judge
-from stages.model_cards import card_digests
+from stages.model_cards import CARD_NAME, card_digests
 from stages.shards import file_digest
+from tests.tiny import Told, stage_config, tiny_recipe
 
-CLIP, SAM = MINIATURE_DIR / "clip", MINIATURE_DIR / "sam"
-NETWORKS = {"clip": CLIP, "sam": SAM}
+CLIP, SAM, WRITER = (MINIATURE_DIR / name for name in ("clip", "sam", "writer"))
+NETWORKS = {"clip": CLIP, "sam": SAM, "writer": WRITER}
 
 
 def shipped(name: str) -> None:
@@ -46,7 +48,7 @@ def sam():
 def test_files_are_those_of_the_card(name):
     shipped(name)
     stated = card_digests(NETWORKS[name])
-    files = {p for p in NETWORKS[name].iterdir() if p.suffix in (".json", ".safetensors")}
+    files = {p for p in NETWORKS[name].iterdir() if p.name != CARD_NAME}
     assert {path.name for path in files} == set(stated)
     for path in files:
         assert stated[path.name] == (path.stat().st_size, file_digest(path))
@@ -134,3 +136,20 @@ def test_pipeline_loads_the_shipped_sam():
     shipped("sam")
     refiner = build_refiner("config", "builtin:sam")
     assert not refiner.untrained
+
+
+def test_write_prompts_takes_the_shipped_writer_and_needs_the_bank_for_few(tmp_path):
+    shipped("writer")
+    torch.set_num_threads(1)
+    labelspace = tmp_path / "labelspace"
+    labelspace.mkdir()
+    load_labelspace("miniature").save(labelspace)
+    section = {"model": "builtin:writer", "num_prompts": 24, "batch_size": 24}
+    summary = write_prompts.run(
+        stage_config(tiny_recipe(write_prompts=section), "write_prompts"),
+        out=tmp_path,
+        progress=Told(),
+        labelspace=labelspace,
+    )
+    assert summary.numbers["from_bank"] == 0
+    assert summary.numbers["replies"] <= 28

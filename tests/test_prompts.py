@@ -109,6 +109,7 @@ def test_quotation_marks_are_removed_only_around_the_whole_reply(reply, expected
         ("Here is a sentence about a street with cars and people walking by.", "chatter"),
         ("Sure, a street with cars and people and a bus at the stop.", "chatter"),
         ("Prompt: a street with cars and people and a bus at the stop.", "chatter"),
+        ("There are cars and people on a street under high pressure, and a bus.", None),
         ("A kitchen with a table, four chairs, a sink and a red kettle.", "no scene"),
     ],
 )

@@ -9,7 +9,7 @@ and weather nearly always, the rest often; every class asked for is named.
 import random
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ MOST_THINGS = 4
 """Things named at most, so that a small text encoder still reads the last one."""
 
 _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
+_TABLES = {
+    "place": "places",
+    "road": "roads",
+    "time": "times",
+    "weather": "weathers",
+    "season": "seasons",
+    "camera": "cameras",
+    "traffic": "traffic",
+}
+"""Attribute of a request -> the table of its phrases."""
 _KEPT = {"time": 0.95, "weather": 0.95, "season": 0.3, "road": 0.5, "camera": 0.35, "traffic": 0.25}
 """How often each attribute of the request shows in the sentence; its place always does."""
 
@@ -52,17 +62,28 @@ def compose(scene: Mapping[str, str], classes: Sequence[str], rng: random.Random
 
 def known() -> dict[str, tuple[str, ...]]:
     """What there are phrases for: "classes", and per attribute its values."""
-    tables = {
-        "classes": "things",
-        "place": "places",
-        "road": "roads",
-        "time": "times",
-        "weather": "weathers",
-        "season": "seasons",
-        "camera": "cameras",
-        "traffic": "traffic",
-    }
+    tables = {"classes": "things", **_TABLES}
     return {name: tuple(_phrases()[table]) for name, table in tables.items()}
+
+
+def says(text: str, attribute: str) -> set[str]:
+    """The values of an attribute of which the text holds a phrase ("in the rain": two of them)."""
+    lower = text.lower()
+    return {
+        value
+        for value, patterns in _patterns(attribute).items()
+        if any(pattern.search(lower) for pattern in patterns)
+    }
+
+
+@cache
+def _patterns(attribute: str) -> dict[str, list[re.Pattern[str]]]:
+    """Per value its phrases as patterns: "(a|b)" is one already."""
+    found = {}
+    for value, entry in _phrases()[_TABLES[attribute]].items():
+        phrases = [*entry["nouns"], *entry.get("areas", ())] if isinstance(entry, dict) else entry
+        found[value] = [re.compile(rf"(?<!\w){phrase}(?!\w)") for phrase in phrases]
+    return found
 
 
 def _view(scene: Mapping[str, str], kept: set[str], rng: random.Random) -> str:
@@ -134,6 +155,6 @@ def _table(name: str) -> Any:
     return _phrases()[name]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _phrases() -> dict[str, Any]:
     return yaml.safe_load(PHRASES.read_text(encoding="utf-8"))
