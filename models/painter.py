@@ -51,6 +51,29 @@ class Painter:
         """Class name of the scheduler."""
         return type(self.pipeline.scheduler).__name__
 
+    @property
+    def in_tiles(self) -> bool:
+        """Whether the autoencoder decodes large pictures in overlapping tiles."""
+        return getattr(self._autoencoder, "use_tiling", False)
+
+    def decode_singly(self) -> bool:
+        """Have the autoencoder take pictures one by one; False: it does already, or it cannot."""
+        return self._spare_memory("slicing")
+
+    def decode_in_tiles(self) -> bool:
+        """Have the autoencoder decode large pictures in overlapping tiles; False as above."""
+        return self._spare_memory("tiling")
+
+    def _spare_memory(self, how: str) -> bool:
+        if getattr(self._autoencoder, f"use_{how}", True):  # those that cannot have no such switch
+            return False
+        getattr(self._autoencoder, f"enable_{how}")()
+        return True
+
+    @property
+    def _autoencoder(self) -> Any:
+        return getattr(self.pipeline, "vae", None)
+
     @torch.inference_mode()
     def paint(
         self,

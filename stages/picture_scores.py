@@ -6,6 +6,7 @@ scores = measure(pictures, labels, section=config.select, ...)
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ class PictureScore:
     """64-bit perceptual hash."""
     similarity: float | None = None
     """Cosine similarity of picture and prompt by CLIP; None also for pictures without prompt."""
+    prompt_id: str | None = None
+    spare: bool = False
+    """Whether it was painted to stand in for a dropped one."""
 
 
 def measure(
@@ -63,7 +67,9 @@ def measure(
         progress.advance(len(rows))
         return [
             PictureScore(
-                id=row["id"], mean_confidence=float(label_rows[row["id"]]["mean_confidence"])
+                id=row["id"],
+                mean_confidence=float(label_rows[row["id"]]["mean_confidence"]),
+                **_origin(row),
             )
             for row in rows
         ]
@@ -109,7 +115,12 @@ def _measure_batch(
             contrast=contrast(image),
             hash=difference_hash(image),
             similarity=similarity,
+            **_origin(row),
         )
+
+
+def _origin(row: Row) -> dict[str, Any]:
+    return {"prompt_id": row.get("prompt_id"), "spare": row.get("spare", False)}
 
 
 def _similarities(

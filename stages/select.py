@@ -20,6 +20,9 @@ from stages.devices import choose_device
 from stages.picture_scores import PictureScore, measure
 from stages.shards import Row, write_json, write_jsonl
 
+NOT_NEEDED = "spare and not needed"
+"""Reason of a good spare picture that no dropped one made room for."""
+
 
 def run(
     config: StageConfig, *, out: Path, progress: Progress, pictures: Path, labels: Path
@@ -41,13 +44,14 @@ def run(
     device = choose_device(config).device
     scores = measure(pictures, labels, section=section, device=device, progress=progress)
     rows = judge(scores, section)
-    statistics = _statistics(rows)
+    statistics = _statistics(rows, scores)
     _check_kept(statistics, scores, section)
+    _say_if_few(statistics, progress)
     write_jsonl(out / "selection.jsonl", rows)
     write_json(out / "statistics.json", statistics)
     num_kept = statistics["num_kept"]
     return Summary(
-        text=f"{num_kept} of {len(rows)} pictures kept (rule {section.rule})",
+        text=f"{num_kept} of {len(rows)} pictures kept (rule {section.rule}){_told(statistics)}",
         numbers={"pictures": len(rows), "kept": num_kept},
     )
 
@@ -56,7 +60,8 @@ def judge(scores: Sequence[PictureScore], section: SelectConfig) -> list[Row]:
     """Decide on every picture, in order.
 
     Of near copies the first that passes everything else is kept. `keep_share` counts over all
-    pictures (ties: by order).
+    pictures (ties: by order). A spare picture is kept only in the place of a dropped one: of the
+    same prompt if there is one, else the first.
     """
     num_best = max(1, round(section.keep_share * len(scores)))
     ranked = sorted(range(len(scores)), key=lambda place: (-scores[place].mean_confidence, place))
@@ -75,7 +80,26 @@ def judge(scores: Sequence[PictureScore], section: SelectConfig) -> list[Row]:
             kept_hashes.append(score.hash)
             kept_ids.append(score.id)
         rows.append(_row(score, reasons, twin))
+    _place_spares(rows, scores)
     return rows
+
+
+def _place_spares(rows: Sequence[Row], scores: Sequence[PictureScore]) -> None:
+    """Let good spare pictures stand in for dropped ones; drop the rest of them."""
+    good = [place for place, score in enumerate(scores) if score.spare and rows[place]["kept"]]
+    dropped = [
+        place for place, score in enumerate(scores) if not score.spare and not rows[place]["kept"]
+    ]
+    for same_prompt in (True, False):
+        for place in list(dropped):
+            prompt = scores[place].prompt_id
+            fits = [spare for spare in good if not same_prompt or scores[spare].prompt_id == prompt]
+            if fits:
+                rows[fits[0]]["replaces"] = rows[place]["id"]
+                good.remove(fits[0])
+                dropped.remove(place)
+    for place in good:
+        rows[place] |= {"kept": False, "reasons": [NOT_NEEDED]}
 
 
 def _reasons(score: PictureScore, section: SelectConfig, *, among_best: bool) -> list[str]:
@@ -125,23 +149,46 @@ def _row(score: PictureScore, reasons: Sequence[str], twin: str | None) -> Row:
     return row | ({"twin": twin} if twin is not None else {})
 
 
-def _statistics(rows: Sequence[Row]) -> Row:
+def _statistics(rows: Sequence[Row], scores: Sequence[PictureScore]) -> Row:
     reasons = Counter(reason for row in rows for reason in row["reasons"])
-    return {
+    found = {
         "num_pictures": len(rows),
         "num_kept": sum(row["kept"] for row in rows),
         "reasons": dict(sorted(reasons.items())),
     }
+    painted = sum(score.spare for score in scores)
+    used = sum("replaces" in row for row in rows)
+    return found | ({"spares": {"painted": painted, "used": used}} if painted else {})
+
+
+def _told(statistics: Row) -> str:
+    spares = statistics.get("spares")
+    return f", {spares['used']} of {spares['painted']} spare ones used" if spares else ""
+
+
+def _say_if_few(statistics: Row, progress: Progress) -> None:
+    """Spares were wanted so that none is missing: say so if some are."""
+    spares = statistics.get("spares")
+    if spares is None:
+        return
+    asked = statistics["num_pictures"] - spares["painted"]
+    if missing := asked - statistics["num_kept"]:
+        progress.note(
+            f"{missing} of {asked} pictures are dropped and no good spare one is left: paint more "
+            "(synthesize.spare), or loosen select"
+        )
 
 
 def _check_kept(statistics: Row, scores: Sequence[PictureScore], section: SelectConfig) -> None:
     num_kept, total = statistics["num_kept"], statistics["num_pictures"]
-    if num_kept and num_kept / total >= section.min_kept_share:
+    asked = total - statistics.get("spares", {}).get("painted", 0)
+    if num_kept and num_kept / asked >= section.min_kept_share:
         return
     best = max(score.mean_confidence for score in scores)
     reasons = "; ".join(f"{count} {reason}" for reason, count in statistics["reasons"].items())
     raise ValueError(
         f"select keeps {num_kept or 'none'} of {total} pictures, fewer than select.min_kept_share "
         f"({section.min_kept_share:.0%}) or none at all. Why: {reasons}. The best mean confidence "
-        f"is {best:.3f}. Loosen the thresholds, paint more pictures or train the teacher longer."
+        f"is {best:.3f}. Loosen the thresholds, paint spare pictures (synthesize.spare) or train "
+        "the teacher longer."
     )

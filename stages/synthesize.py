@@ -40,6 +40,8 @@ class Commission:
     prompt_id: str
     prompt: str
     seed: int
+    spare: bool = False
+    """Whether it is painted beyond those asked for, for `select` to fall back on."""
 
 
 def run(
@@ -75,6 +77,7 @@ def _paint(config: StageConfig, *, out: Path, progress: Progress, prompts: Path 
     commissions = commission(
         read_prompts(prompts / "prompts.jsonl"),
         num_images=section.num_images,
+        num_spares=section.num_spares,
         seed=config.seed,
         round_=config.round or 0,
     )
@@ -87,6 +90,8 @@ def _paint(config: StageConfig, *, out: Path, progress: Progress, prompts: Path 
         dtype=device.dtype,
         seed=config.seed,
     )
+    if section.vae_tiling:
+        painter.decode_in_tiles()
     easel = Easel(painter=painter, section=section, progress=progress)
     num_shards = write_shards(
         out,
@@ -134,11 +139,14 @@ def read_prompts(path: Path) -> list[Row]:
 
 
 def commission(
-    prompts: Sequence[Row], *, num_images: int, seed: int, round_: int
+    prompts: Sequence[Row], *, num_images: int, num_spares: int = 0, seed: int, round_: int
 ) -> list[Commission]:
-    """Spread pictures evenly over the prompts: each once, then each a second time, and so on."""
+    """Spread pictures evenly over the prompts: each once, then each a second time, and so on.
+
+    Spare ones come last, so that more or fewer of them change no other picture.
+    """
     pictures = []
-    for number in range(num_images):
+    for number in range(num_images + num_spares):
         repeat, place = divmod(number, len(prompts))
         row = prompts[place]
         pictures.append(
@@ -147,6 +155,7 @@ def commission(
                 prompt_id=row["id"],
                 prompt=row["text"],
                 seed=item_seed(seed, "synthesize", round_, row["id"], repeat),
+                spare=number >= num_images,
             )
         )
     return pictures
@@ -171,6 +180,8 @@ class Easel:
                     row = self._row(ordered)
                     if painted_with < len(batch):
                         row["batch_size"] = painted_with
+                    if self.painter.in_tiles:
+                        row["tiled"] = True
                     saved.append(pool.submit(save_picture, folder / row["file"], picture, row))
                     rows.append(row)
                 self.progress.advance(len(batch))
@@ -179,7 +190,7 @@ class Easel:
         return rows
 
     def _paint(self, batch: Sequence[Commission]) -> Iterator[tuple[Commission, np.ndarray, int]]:
-        """Paint a batch, in halves where memory does not suffice for the whole."""
+        """Paint a batch; where memory does not suffice, with less at a time."""
         section = self.section
         try:
             pictures = self.painter.paint(
@@ -192,25 +203,43 @@ class Easel:
                 negative_prompt=section.negative_prompt,
             )
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
+            relief = self._relieve(batch)
+            if relief is None:
                 raise MemoryError(
                     f"a single picture of {section.height}x{section.width} does not fit into the "
                     "device's memory: choose a smaller size or model, or precision=bf16."
                 ) from error
             pictures = None
-        if pictures is None:
+        if pictures is None:  # outside of `except`: the error would keep the memory
             torch.cuda.empty_cache()
-            half = (len(batch) + 1) // 2
-            self.progress.note(f"out of memory with {len(batch)} pictures at once: {half} instead")
-            yield from self._paint(batch[:half])
-            yield from self._paint(batch[half:])
+            for part in relief:
+                yield from self._paint(part)
             return
         yield from (
             (ordered, picture, len(batch)) for ordered, picture in zip(batch, pictures, strict=True)
         )
 
+    def _relieve(self, batch: Sequence[Commission]) -> list[Sequence[Commission]] | None:
+        """The batches to paint instead of one that did not fit; None: there is no way left.
+
+        What changes the pictures least comes first: decoding one by one, halves, tiles.
+        """
+        count = len(batch)
+        if count > 1 and self.painter.decode_singly():
+            self.progress.note(f"out of memory with {count} pictures at once: decoded one by one")
+            return [batch]
+        if count > 1:
+            half = (count + 1) // 2
+            self.progress.note(f"out of memory with {count} pictures at once: {half} instead")
+            return [batch[:half], batch[half:]]
+        if self.painter.decode_in_tiles():
+            self.progress.note("out of memory with a single picture: decoded in tiles")
+            return [batch]
+        return None
+
     def _row(self, ordered: Commission) -> Row:
-        return {
+        told = {"spare": True} if ordered.spare else {}
+        return told | {
             "id": ordered.id,
             "file": f"{ordered.id}.{self.section.format}",
             "prompt_id": ordered.prompt_id,

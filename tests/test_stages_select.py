@@ -186,6 +186,72 @@ def test_pictures_that_do_not_fit_their_prompt_are_dropped():
     assert rows[1]["reasons"] == ["similarity to the prompt below 0.2"]
 
 
+def spare_scores():
+    """Two prompts twice, then spares of a third, the second and the first prompt; a low one."""
+    asked = {"a": ("p0", 0.9), "b": ("p1", 0.2), "c": ("p0", 0.1), "d": ("p1", 0.8)}
+    spares = {"x": ("p2", 0.7), "y": ("p1", 0.7), "z": ("p0", 0.3), "w": ("p0", 0.6)}
+    return [
+        PictureScore(id=name, mean_confidence=value, prompt_id=prompt, spare=name in spares)
+        for name, (prompt, value) in (asked | spares).items()
+    ]
+
+
+def test_spares_stand_in_for_dropped_pictures_of_their_own_prompt_first():
+    rows = judge(spare_scores(), SelectConfig(rule="confidence", min_confidence=0.5))
+    assert kept(rows) == "adyw"
+    assert {row["id"]: row["replaces"] for row in rows if "replaces" in row} == {"y": "b", "w": "c"}
+    reasons = {row["id"]: row["reasons"] for row in rows if not row["kept"]}
+    assert reasons["x"] == ["spare and not needed"]
+    assert reasons["z"] == ["mean confidence below 0.5"]
+
+
+def test_spares_of_other_prompts_stand_in_where_there_is_none_of_the_own():
+    scores = [score for score in spare_scores() if score.id != "w"]
+    rows = judge(scores, SelectConfig(rule="confidence", min_confidence=0.5))
+    assert {row["id"]: row["replaces"] for row in rows if "replaces" in row} == {"y": "b", "x": "c"}
+
+
+@pytest.mark.parametrize("rule", ["all", "confidence"])
+def test_no_spare_is_kept_where_nothing_is_dropped(rule):
+    assert kept(judge(spare_scores(), SelectConfig(rule=rule))) == "abcd"
+
+
+def with_spares(inputs, spares):
+    """The artifact of pictures with some of them marked as spare."""
+    index = inputs[0] / "shard-00000" / "index.jsonl"
+    rows = [row | ({"spare": True} if row["id"] in spares else {}) for row in read_jsonl(index)]
+    write_jsonl(index, rows)
+    return inputs
+
+
+def test_too_few_good_spares_are_said_and_counted(tmp_path, inputs):
+    told, out = Told(), tmp_path / "out"
+    out.mkdir()
+    section = {"rule": "confidence", "min_confidence": 0.5, "min_kept_share": 0.6}
+    summary = select.run(
+        stage_config(tiny_recipe(select=section), "select", round=1),
+        out=out,
+        progress=told,
+        pictures=with_spares(inputs, "e")[0],
+        labels=inputs[1],
+    )
+    assert summary.text == "3 of 5 pictures kept (rule confidence), 0 of 1 spare ones used"
+    assert told.notes == [
+        "1 of 4 pictures are dropped and no good spare one is left: paint more (synthesize.spare), "
+        "or loosen select"
+    ]
+    assert json.loads((out / "statistics.json").read_text())["spares"] == {"painted": 1, "used": 0}
+
+
+def test_the_share_that_must_be_kept_is_of_the_pictures_asked_for(tmp_path, inputs):
+    inputs = with_spares(inputs, "de")
+    section = {"rule": "confidence", "min_confidence": 0.5}
+    rows, _ = selected(tmp_path / "a", inputs, **section, min_kept_share=1.0)
+    assert kept(rows) == "acd"
+    with pytest.raises(ValueError, match=r"keeps 1 of 5 .*synthesize\.spare"):
+        selected(tmp_path / "b", inputs, rule="confidence", min_confidence=0.8, min_kept_share=0.5)
+
+
 def test_two_runs_leave_the_same(tmp_path, inputs):
     for name in ("one", "two"):
         selected(tmp_path / name, inputs, rule="checks")

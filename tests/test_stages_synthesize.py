@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 
 from models.painter import Painter
@@ -159,9 +160,82 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_recorded(
     monkeypatch.setattr(Painter, "paint", paint_little)
     told = Told()
     rows, _ = made(tmp_path / "out", prompts=prompts, num_images=3, batch_size=3, progress=told)
-    assert sizes == [3, 2, 1, 1, 1]
+    assert sizes == [3, 3, 2, 1, 1, 1]
     assert [row["batch_size"] for row in rows] == [1, 1, 1]
-    assert told.notes[0] == "out of memory with 3 pictures at once: 2 instead"
+    assert told.notes == [
+        "out of memory with 3 pictures at once: decoded one by one",
+        "out of memory with 3 pictures at once: 2 instead",
+        "out of memory with 2 pictures at once: 1 instead",
+    ]
+
+
+class SmallMemory:
+    """Lets the real decoder run out of memory for more than so many pictures, or so wide ones."""
+
+    def __init__(self, *, pictures: int, width: int) -> None:
+        self.pictures, self.width = pictures, width
+        self.forward = Decoder.forward
+
+    def __call__(self, latents_BCHW, *args, **how):
+        if len(latents_BCHW) > self.pictures or latents_BCHW.shape[-1] > self.width:
+            raise torch.OutOfMemoryError("not enough")
+        return self.forward(self.decoder, latents_BCHW, *args, **how)
+
+    def __get__(self, decoder, _owner):
+        self.decoder = decoder
+        return self
+
+
+def test_where_only_decoding_lacks_memory_pictures_are_decoded_one_by_one(
+    tmp_path, prompts, monkeypatch
+):
+    plain, _ = made(tmp_path / "plain", prompts=prompts, num_images=2)
+    monkeypatch.setattr(Decoder, "forward", SmallMemory(pictures=1, width=99))
+    told = Told()
+    rows, _ = made(tmp_path / "out", prompts=prompts, num_images=2, progress=told)
+    assert told.notes == ["out of memory with 2 pictures at once: decoded one by one"]
+    assert all("batch_size" not in row and "tiled" not in row for row in rows)
+    for one, other in zip(plain, rows, strict=True):
+        pictures = [
+            np.asarray(Image.open(row["folder"] / row["file"]), int) for row in (one, other)
+        ]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1  # rounding, by batch size
+
+
+def test_a_picture_too_large_to_decode_is_decoded_in_tiles_and_that_is_recorded(
+    tmp_path, prompts, monkeypatch
+):
+    monkeypatch.setattr(Decoder, "forward", SmallMemory(pictures=1, width=8))
+    told = Told()
+    rows, _ = made(tmp_path / "out", prompts=prompts, num_images=2, progress=told)
+    assert told.notes[-1] == "out of memory with a single picture: decoded in tiles"
+    assert all(row["tiled"] for row in rows)
+
+
+def test_tiles_can_be_asked_for(tmp_path, prompts):
+    rows, _ = made(tmp_path / "out", prompts=prompts, num_images=1, vae_tiling=True)
+    assert rows[0]["tiled"]
+
+
+def test_spare_pictures_come_last_and_change_no_other(tmp_path, prompts):
+    rows, summary = made(tmp_path / "out", prompts=prompts, num_images=4, spare=0.3)
+    plain, _ = made(tmp_path / "plain", prompts=prompts, num_images=4)
+    assert [row["id"] for row in rows] == [
+        "p0-000",
+        "p1-000",
+        "p2-000",
+        "p0-001",
+        "p1-001",
+        "p2-001",
+    ]
+    assert [row.get("spare", False) for row in rows] == [False] * 4 + [True] * 2
+    assert [row["seed"] for row in rows[:4]] == [row["seed"] for row in plain]
+    assert summary.text.startswith("6 pictures painted")
+
+
+def test_spare_pictures_cannot_be_collected():
+    with pytest.raises(ValueError, match=r"synthesize\.spare is 0\.5.*paints nothing"):
+        tiny_recipe(synthesize={"mode": "collect", "spare": 0.5})
 
 
 def test_a_single_picture_that_does_not_fit_is_an_error_with_a_way_out(
