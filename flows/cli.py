@@ -318,7 +318,7 @@ def _run(arguments: argparse.Namespace) -> int:
             engine,
             chosen,
             listener=listener,
-            execute=lambda spec, progress, _lock: execute(spec, progress),
+            execute=lambda spec, told, lock: execute(spec, told, keep_fds=(lock,)),
             overrides=arguments.overrides,
         )
     console.run_finished(engine, record)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 engine,
                 chosen,
                 listener=listener,
-                execute=lambda spec, progress, _lock: execute(spec, progress),
+                execute=lambda spec, told, lock: execute(spec, told, keep_fds=(lock,)),
                 overrides=arguments.overrides,
             )
     except (ConfigError, MissingNeedError, StoreError) as error:

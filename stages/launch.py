@@ -79,8 +79,13 @@ def be_patient() -> None:
         os.environ.setdefault(name, value)
 
 
-def execute(spec: Spec, progress: Progress) -> Summary:
+def execute(spec: Spec, progress: Progress, *, keep_fds: Sequence[int] = ()) -> Summary:
     """Run the stage that `spec` describes, in this process (in a child, if it takes several).
+
+    Args:
+        spec: see the top of this module.
+        progress: told what is done.
+        keep_fds: file descriptors that a child inherits, see `run_child`.
 
     Raises:
         ValueError: the spec lacks keys or has unknown ones; and whatever the stage raises.
@@ -91,7 +96,7 @@ def execute(spec: Spec, progress: Progress) -> Summary:
             f"unknown {sorted(set(spec) - SPEC_KEYS)}"
         )
     if _num_ranks(spec) > 1 and "RANK" not in os.environ:
-        return run_child(spec, progress)
+        return run_child(spec, progress, keep_fds=keep_fds)
     config = StageConfig(
         _imported(spec["recipe_class"]).model_validate(spec["recipe"]),
         stage=spec["stage"],

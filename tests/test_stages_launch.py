@@ -296,6 +296,28 @@ def test_two_ranks_with_half_a_batch_equal_one_with_all(training_spec, tmp_path,
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
+@needs_proc
+def test_ranks_hold_the_lock_that_execute_was_given(training_spec, tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path, told = tmp_path / "lock", Told()
+    mine = path.open("w")
+    fcntl.flock(mine, fcntl.LOCK_EX)
+    spec = training_spec(tmp_path / "out", processes=2, steps=8)
+    thread = threading.Thread(
+        target=execute, args=(spec, told), kwargs={"keep_fds": [mine.fileno()]}
+    )
+    thread.start()
+    assert wait_for(lambda: told.metrics, 60)
+    mine.close()
+    with path.open("w") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        thread.join()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_mistake_that_every_rank_finds_is_told_once(training_spec, tmp_path):
     spec = training_spec(tmp_path / "out", processes=2, batch_size=1)
     with pytest.raises(ValueError, match=r"batch_size is 1, but 2 processes"):
