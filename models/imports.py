@@ -4,13 +4,14 @@ Files are read weights-only: pickled helper objects become inert stand-ins. Ever
 accounted for, and a partial match is refused.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from models.build import build_segmenter
@@ -25,6 +26,7 @@ from models.convert import (
     rename,
 )
 from models.segmenter import Segmenter
+from models.tensors import unreadable
 
 Origin = Literal["clouds", "rein", "vltseg"]
 
@@ -62,17 +64,15 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins = [(type("Inert", (Inert,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             whole = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint that can be read weights-only: {error}"
-        ) from error
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(unreadable(str(path), error)) from error
     for key in ("state_dict", "model"):
         if isinstance(whole, dict) and isinstance(whole.get(key), dict):
             whole = whole[key]

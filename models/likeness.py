@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from models.config import weights_path
+from models.tensors import refusing_code
 
 HASH_BITS = 64
 
@@ -105,7 +106,8 @@ def load_scorer(
     elif not name.startswith("hf-hub:"):
         _check_name(name, weights)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights)
+        with refusing_code(f"select.clip: {name}"):
+            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights)
         tokenize = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]

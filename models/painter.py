@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
 from models.hub import Source, find_model
+from models.tensors import refusing_code
 
 RANDOM = "random"
 """Model reference of a tiny Stable Diffusion with seeded random weights."""
@@ -182,7 +183,10 @@ def _load(source: Source, *, revision: str | None, dtype: torch.dtype) -> Diffus
     unchecked = {}
     if "safety_checker" in parts:
         unchecked = {"safety_checker": None, "requires_safety_checker": False}
-    return AutoPipelineForText2Image.from_pretrained(source.name, dtype=dtype, **where, **unchecked)
+    with refusing_code(f"synthesize.model: {source.name}"):
+        return AutoPipelineForText2Image.from_pretrained(
+            source.name, dtype=dtype, **where, **unchecked
+        )
 
 
 def _quiet() -> None:

@@ -12,13 +12,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
@@ -28,6 +25,7 @@ from torch.nn import functional as F
 from models.config import weights_path
 from models.masks import scale_points
 from models.miniature.sam_network import SIZES, build_sam, read_sizes
+from models.tensors import read_tensors
 
 OFFICIAL = ("vit_b", "vit_l", "vit_h")
 """Sizes of the official checkpoints."""
@@ -342,7 +340,8 @@ def build_refiner(
         torch.manual_seed(seed)
         sam = _build(model, file)
     if file is not None:
-        _load_strictly(sam, _read_state(file), model=model, file=file)
+        state = read_tensors(file, option="refine.weights")
+        _load_strictly(sam, state, model=model, file=file)
     return Refiner(sam, untrained=file is None).to(device)
 
 
@@ -372,22 +371,6 @@ def _weights_file(weights: str, model: str) -> Path:
             "sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth); give the file's path."
         )
     return file
-
-
-def _read_state(file: Path) -> Mapping[str, torch.Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(
-            f"refine.weights: {file} cannot be read as a checkpoint of plain tensors ({reason}); "
-            "is it whole?"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"refine.weights: {file} holds a {type(state).__name__}, not tensors.")
-    return state
 
 
 def _load_strictly(sam: Sam, state: Mapping[str, torch.Tensor], *, model: str, file: Path) -> None:

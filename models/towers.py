@@ -5,7 +5,7 @@ open_clip, timm, transformers (SegFormer) and segment_anything; weights by tag, 
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from models.encoders import (
     MitEncoder,
     ResNetEncoder,
 )
+from models.tensors import read_tensors, refusing_code
 from models.vits import ClipVit, PlainEncoder, SamEncoder, TimmVit
 
 
@@ -41,17 +42,8 @@ def at_hand(config: EncoderConfig) -> EncoderConfig:
 
 def build_encoder(config: EncoderConfig, tuning: TuningConfig, *, load: bool = True) -> Encoder:
     """The encoder, with its weights where the config names some and `load` is set."""
-    match config.family:
-        case "open_clip":
-            encoder = build_open_clip(config, tuning, load=load)
-        case "timm":
-            encoder = build_timm(config, tuning, load=load)
-        case "transformers":
-            encoder = build_mit(config, tuning, load=load)
-        case "sam":
-            encoder = build_sam(config, tuning, load=load)
-        case other:
-            raise unknown("encoder.family", other, ["open_clip", "timm", "transformers", "sam"])
+    with refusing_code(f"encoder.weights: {config.weights}"):
+        encoder = _of_family(config, tuning, load=load)
     if config.patch_size is not None:
         if not isinstance(encoder, PlainEncoder):
             raise ValueError(
@@ -62,6 +54,20 @@ def build_encoder(config: EncoderConfig, tuning: TuningConfig, *, load: bool = T
         encoder.normalise_by(IMAGENET_MEAN, IMAGENET_STD)
     encoder.checkpointing = config.checkpointing
     return encoder
+
+
+def _of_family(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
+    match config.family:
+        case "open_clip":
+            return build_open_clip(config, tuning, load=load)
+        case "timm":
+            return build_timm(config, tuning, load=load)
+        case "transformers":
+            return build_mit(config, tuning, load=load)
+        case "sam":
+            return build_sam(config, tuning, load=load)
+        case other:
+            raise unknown("encoder.family", other, ["open_clip", "timm", "transformers", "sam"])
 
 
 def build_open_clip(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
@@ -297,11 +303,11 @@ def build_sam(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Enc
         path = weights_path(config.weights) or Path(config.weights)
         if not path.is_file():
             raise FileNotFoundError(f"encoder.weights: there is no file {path}")
-        load_trunk(trunk, torch.load(path, map_location="cpu", weights_only=True), "image_encoder.")
+        load_trunk(trunk, read_tensors(path, option="encoder.weights"), "image_encoder.")
     return encoder
 
 
-def load_trunk(trunk: nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:
+def load_trunk(trunk: nn.Module, weights: Mapping[str, torch.Tensor], prefix: str) -> None:
     """Load a trunk strictly from the keys of `weights` that begin with `prefix`."""
     found = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     missing = sorted(trunk.state_dict().keys() - found.keys())

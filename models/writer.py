@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from models.hub import Source, find_model
+from models.tensors import refusing_code
 
 RANDOM = "random"
 """Model reference of a tiny language model with seeded random weights."""
@@ -199,7 +200,8 @@ def _load(
     tokenizer = AutoTokenizer.from_pretrained(source.name, **where)
     if tokenizer.chat_template is None:
         raise _no_chat_template(source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **where)
+    with refusing_code(f"write_prompts.model: {source.name}"):
+        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Writer(model=model.to(device).eval(), tokenizer=tokenizer, untrained=untrained)

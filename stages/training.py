@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import Any
 
@@ -383,7 +384,7 @@ class Checkpoints:
                     return described["step"], torch.load(
                         path, map_location="cpu", weights_only=True
                     )
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, UnpicklingError):
                 pass
             note(f"the checkpoint {path.name} is truncated or altered; taking the one before it")
         return None

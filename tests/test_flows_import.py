@@ -129,4 +129,4 @@ def test_a_file_that_is_not_there_or_no_checkpoint_is_named(release, capsys, tmp
     assert "nothing.pth" in capsys.readouterr().err
     file.write_bytes(b"noise")
     assert main(["import", str(file), *arguments]) == 2
-    assert "weights-only" in capsys.readouterr().err
+    assert "plain tensors" in capsys.readouterr().err
