@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.contracts import VOLATILE
-from stages.shards import file_digest, write_json
+from stages.shards import file_digest, is_plain_name, stays_inside, write_json
 
 KEY_CHARS = 20
 MANIFEST = "manifest.json"
@@ -152,7 +152,7 @@ class Store:
         """Read an artifact's manifest.
 
         Raises:
-            StoreError: it is missing, no JSON, or was altered.
+            StoreError: it is missing, no JSON, was altered, or is another artifact's.
         """
         path = folder / MANIFEST
         try:
@@ -162,6 +162,8 @@ class Store:
             raise StoreError(f"{path} is missing or unreadable.") from error
         if seal != digest_of(manifest):
             raise StoreError(f"{path} was altered since it was written.")
+        if manifest.get("key") != folder.name:
+            raise StoreError(f"{path} is that of another artifact (key {manifest.get('key')!r}).")
         return manifest
 
     def artifacts(self, name: str | None = None) -> Iterator[Path]:
@@ -199,7 +201,7 @@ class Store:
         found: list[Problem] = []
         healed: dict[str, int] = {}
         for path, entry in manifest["outputs"].items():
-            if not _is_inside(path) or (folder / path).is_symlink():
+            if not _is_inside(folder, path):
                 found.append(Problem(path=path, state="unsafe"))
             elif "num_files" in entry:
                 self._check_shard(folder, path, entry, times, full, found, healed)
@@ -248,6 +250,9 @@ class Store:
             num_files, num_bytes, newest = _shard_stat(os.path.join(folder, path))
         except OSError:
             found.append(Problem(path=path, state="missing"))
+            return
+        except StoreError:
+            found.append(Problem(path=path, state="unsafe (a link is in it)"))
             return
         same = (num_files, num_bytes) == (entry["num_files"], entry["bytes"])
         if same and not full and newest == times.get(path, entry["mtime_ns"]):
@@ -356,8 +361,19 @@ class Store:
     # Adopted artifacts stand in for an instance whatever its key would be
 
     def pins(self) -> dict[str, str]:
-        """Instance -> key of the adopted artifact that stands in for it."""
-        return read_json(self.root / "adopted.json") or {}
+        """Instance -> key of the adopted artifact that stands in for it.
+
+        Raises:
+            StoreError: a name or key is no folder of this store.
+        """
+        pins = read_json(self.root / "adopted.json") or {}
+        for name, key in pins.items():
+            if not (is_plain_name(name) and is_plain_name(key)):
+                raise StoreError(
+                    f"{self.root / 'adopted.json'} names {name!r} {key!r}, which is no artifact of "
+                    f"this folder: remove that line."
+                )
+        return pins
 
     def pin(self, name: str, key: str | None) -> None:
         """Let an adopted artifact stand in for an instance; None: no longer."""
@@ -451,10 +467,16 @@ def _list_into(
 
 
 def _shard_stat(folder: Path | str) -> tuple[int, int, int]:
-    """Files, bytes and newest time of a shard's folder."""
+    """Files, bytes and newest time of a shard's folder.
+
+    Raises:
+        StoreError: a link is among them.
+    """
     num_files = num_bytes = newest = 0
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.is_symlink():
+                raise StoreError(f"{entry.path} is a link: artifacts hold files only.")
             stat = entry.stat(follow_symlinks=False)
             num_files += 1
             num_bytes += stat.st_size
@@ -475,7 +497,7 @@ def _shard_problems(folder: Path, name: str, entry: Mapping[str, Any]) -> Iterat
         yield Problem(path=f"{name}/{extra}", state="altered (it does not belong here)")
     for file, expected in files.items():
         path = folder / file
-        if not _is_inside(file) or path.is_symlink():
+        if not is_plain_name(file) or path.is_symlink():
             yield Problem(path=f"{name}/{file}", state="unsafe")
         elif not path.is_file():
             yield Problem(path=f"{name}/{file}", state="missing")
@@ -485,9 +507,12 @@ def _shard_problems(folder: Path, name: str, entry: Mapping[str, Any]) -> Iterat
             yield Problem(path=f"{name}/{file}", state="altered")
 
 
-def _is_inside(path: str) -> bool:
-    pure = PurePosixPath(path)
-    return not pure.is_absolute() and ".." not in pure.parts and "\\" not in path
+def _is_inside(folder: Path, path: str) -> bool:
+    """Whether a manifest's path stays below the folder, and no link is on the way to it."""
+    if not stays_inside(path):
+        return False
+    steps = [PurePosixPath(path), *PurePosixPath(path).parents][:-1]
+    return not any((folder / step).is_symlink() for step in steps)
 
 
 def _is_data(path: Path) -> bool:

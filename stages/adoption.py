@@ -163,6 +163,13 @@ def _pictures(path: Path, out: Path, progress: Progress) -> Summary:
         kinds = ", ".join(sorted(_PICTURES))
         raise ValueError(f"no pictures ({kinds}) below {path}.")
 
+    for file in files:
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"{file} is a link to {file.resolve()}, which is not below {path}: put the picture "
+                "itself there."
+            )
+
     def id_of(file: Path) -> str:
         return file.relative_to(path).with_suffix("").as_posix().replace("/", "__")
 

@@ -9,6 +9,7 @@ Between rooms a picture is uint8 RGB [H, W, 3] and a label map uint8 train ids [
 import json
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from stages.labels import IdMap
-from stages.shards import read_index, read_jsonl
+from stages.shards import read_index, read_jsonl, stays_inside
 
 MAX_PIXELS = 512_000_000
 """Larger pictures are refused (Pillow refuses above twice the number it is given)."""
@@ -80,7 +81,7 @@ def load_index(part: Path) -> list[Sample]:
 
     Raises:
         FileNotFoundError: no index there, or no `roots.json` beside it.
-        ValueError: an index line is not whole.
+        ValueError: an index line is not whole, or names a file outside its data set.
     """
     roots_file = part / "roots.json"
     if not roots_file.is_file():
@@ -92,9 +93,24 @@ def load_index(part: Path) -> list[Sample]:
 
 
 def _load_dataset(part: Path, name: str, root: Path) -> list[Sample]:
+    _check_paths([name], place=part / "roots.json")
+    index = part / f"{name}.jsonl"
     card = json.loads((part / f"{name}.json").read_text(encoding="utf-8"))
     id_map = IdMap.from_json(card["label_map"]) if card["label_map"] else None
-    return [_sample(row, root, id_map) for row in read_jsonl(part / f"{name}.jsonl")]
+    rows = read_jsonl(index)
+    for row in rows:  # a data set's files may be links, but no path may lead out of its folder
+        named = (row["id"], row["image"], row["label"])
+        _check_paths([path for path in named if path is not None], place=index)
+    return [_sample(row, root, id_map) for row in rows]
+
+
+def _check_paths(paths: Sequence[str], *, place: Path) -> None:
+    for path in paths:
+        if not stays_inside(path):
+            raise ValueError(
+                f"{place} names {path!r}, which leads out of the data set's folder: it was altered."
+                " Run `clouds --stage prepare --force prepare`."
+            )
 
 
 def _sample(row: dict[str, Any], root: Path, id_map: IdMap | None) -> Sample:

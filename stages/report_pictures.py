@@ -18,7 +18,7 @@ from stages.labels import IGNORE, LabelClass, LabelSpace, read_labelspace
 from stages.report_lineage import Instance, ancestors
 from stages.report_scores import Judged
 from stages.report_words import plain, words
-from stages.shards import Row, read_index, read_jsonl
+from stages.shards import Row, read_index, read_jsonl, stays_inside
 
 _UNTOLD = ("folder", "file", "label", "confidence", "prompt", "text", "untrained")
 """Fields of index rows that a provenance leaves out: files, and what stands above it anyway."""
@@ -489,7 +489,7 @@ def _path(row: Row, name: str) -> Path | None:
 
 
 def _inside(folder: Path, row: Row, name: str) -> Path | None:
-    path = folder / str(row[name]) if row.get(name) else None
+    path = folder / row[name] if stays_inside(row.get(name)) else None
     return path if path and path.is_file() else None
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from stages.contracts import SHARD_ITEMS_MAX, Progress
@@ -81,7 +81,9 @@ def shard_problem(folder: Path) -> str | None:
         files = json.loads((folder / "shard.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return f"{folder.name}/shard.json is missing or unreadable"
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    sizes = {
+        entry.name: entry.stat().st_size for entry in os.scandir(folder) if not entry.is_symlink()
+    }
     for name, expected in files.items():
         if sizes.get(name) != expected["bytes"]:
             state = "missing" if name not in sizes else "truncated or altered"
@@ -146,13 +148,41 @@ def _write_shard(
     temporary.rename(folder)
 
 
+FILE_FIELDS = frozenset({"file", "label", "confidence"})
+"""Fields of an index row that name a file of its shard."""
+
+
 def shard_folders(artifact: Path) -> list[Path]:
     """The finished shards of an artifact, in order."""
     return sorted(path for path in artifact.glob("shard-*") if path.suffix != ".tmp")
 
 
 def read_index(artifact: Path) -> Iterator[Row]:
-    """All index rows of a sharded artifact, in order; each has "folder": the Path of its shard."""
+    """All index rows of a sharded artifact, in order; each has "folder": the Path of its shard.
+
+    Raises:
+        ValueError: a line is broken, or names a file that is not in its shard.
+    """
     for folder in shard_folders(artifact):
         for row in read_jsonl(folder / "index.jsonl"):
+            for field in FILE_FIELDS & row.keys():
+                if not is_plain_name(row[field]):
+                    raise ValueError(
+                        f"{folder / 'index.jsonl'}: {field!r} of {row.get('id')!r} is "
+                        f"{row[field]!r}, which is no file of its shard. The index was altered: "
+                        f"remove the artifact and run its stage again."
+                    )
             yield row | {"folder": folder}
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name is that of a file in its own folder: no path, nothing that leads out."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {*"/\\\0"}
+
+
+def stays_inside(path: object) -> bool:
+    """Whether a relative path of an index or manifest stays below its folder, links aside."""
+    if not isinstance(path, str) or not path or {*path} & {*"\\\0"}:
+        return False
+    pure = PurePosixPath(path)
+    return not pure.is_absolute() and ".." not in pure.parts
