@@ -68,8 +68,9 @@ class ServedWriter:
             return Reply(text=text, finished=choice.get("finish_reason") == "stop")
         except (KeyError, IndexError, TypeError):
             raise ValueError(
-                f"{self.url} answered {json.dumps(answer)[:200]}, which is no chat completion: is "
-                "write_prompts.server the base of an OpenAI-compatible interface (.../v1)?"
+                f"{self.url} answered {_without_key(json.dumps(answer))[:200]}, which is no chat "
+                "completion: is write_prompts.server the base of an OpenAI-compatible interface "
+                "(.../v1)?"
             ) from None
 
     def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -110,13 +111,20 @@ def request(url: str, body: Mapping[str, Any] | None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{url} answered {text[:80]!r}, which is not JSON ({error.msg})") from None
+        said = _without_key(text)[:80]
+        raise ValueError(f"{url} answered {said!r}, which is not JSON ({error.msg})") from None
 
 
 def _refusal(url: str, error: HTTPError) -> str:
-    told = error.read().decode("utf-8", errors="replace")[:300]
+    told = _without_key(error.read().decode("utf-8", errors="replace"))[:300]
     hint = f" Set {KEY_VARIABLE} to a valid key." if error.code in (401, 403) else ""
     return f"write_prompts.server: {url} answered {error.code} {error.reason}: {told}{hint}"
+
+
+def _without_key(text: str) -> str:
+    """A server's words, which may repeat the key: errors are logged and kept beside artifacts."""
+    key = os.environ.get(KEY_VARIABLE)
+    return text.replace(key, "***") if key else text
 
 
 def connect(url: str, *, model: str, pauses_s: Sequence[float] = PAUSES_S) -> ServedWriter:

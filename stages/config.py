@@ -283,6 +283,17 @@ class WritePromptsConfig(Section):
     """With fresh pictures per round: how far the classes asked for follow what the teacher saw
     little, or unsurely, in the pictures of the round before (1) rather than the sources (0)."""
 
+    @field_validator("server")
+    @classmethod
+    def _no_secret(cls, server: str | None) -> str | None:
+        """Settings are stored in manifests and run records: no place for a password."""
+        if server and ("@" in server or "?" in server):
+            raise ValueError(
+                "an address without user, password or query, please: settings are stored. The "
+                "key belongs into the environment variable OPENAI_API_KEY"
+            )
+        return server
+
 
 class SynthesizeConfig(Section):
     """Paint pictures from prompts."""

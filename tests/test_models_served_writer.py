@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from flows.cli import main
 from models.served_writer import connect
 from models.writer import Reply
 from stages import write_prompts
@@ -110,6 +111,57 @@ def test_the_key_comes_from_the_environment(monkeypatch):
     assert seen[0]["key"] == "Bearer word"
 
 
+SECRET = "sk-test-8f3a1c"
+
+
+def traces_of_secret(folder):
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and SECRET.encode() in path.read_bytes()
+    ]
+
+
+def describe(body, number):
+    request = body["messages"][-1]["content"]
+    classes = request.split("in the description: ")[1].split(".")[0]
+    seed = body["seed"]
+    return said(f"A street numbered {seed} with {classes} of the {seed % 89}th kind")
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_the_key_is_in_no_artifact_record_or_line_of_output(tmp_path, monkeypatch, capfd, accepts):
+    def answer(body, number):
+        if accepts:
+            return said("A street.")  # what is refused, the bank replaces
+        return 401, {"error": f"no such key: {SECRET}"}
+
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with server(answer) as (url, seen):
+        settings = ("world.num_source=8", "world.num_target=1", "write_prompts.model=small")
+        settings += ("write_prompts.max_attempts=1",)
+        words = ["run", "--recipe", "tiny", "--artifacts", str(tmp_path / "artifacts")]
+        words += ["--until", "write_prompts", "--set", f"write_prompts.server={url}"]
+        code = main(words + [word for setting in settings for word in ("--set", setting)])
+    assert {body["key"] for body in seen} == {f"Bearer {SECRET}"}
+    shown = "".join(capfd.readouterr())
+    assert (code == 0) == accepts, shown
+    assert accepts or "401 Unauthorized: " in shown
+    assert SECRET not in shown
+    assert (tmp_path / "artifacts" / "runs").is_dir()
+    assert not traces_of_secret(tmp_path)
+
+
+def test_an_address_with_a_password_is_refused_without_repeating_it(tmp_path, capsys):
+    address = f"write_prompts.server=http://me:{SECRET}@localhost:8000/v1"
+    words = ["plan", "--recipe", "tiny", "--artifacts", str(tmp_path), "--set", address]
+    assert main(words) == 2
+    shown = "".join(capsys.readouterr())
+    assert "environment variable OPENAI_API_KEY" in shown
+    assert SECRET not in shown
+
+
 @pytest.mark.parametrize("answer", [{"nothing": 1}, b"<html>hello</html>"])
 def test_an_answer_that_is_no_completion_is_refused(answer):
     with (
@@ -138,12 +190,6 @@ def test_when_the_server_stops_the_replies_are_kept_and_a_restart_goes_on(tmp_pa
     labelspace = tmp_path / "labelspace"
     labelspace.mkdir()
     load_labelspace("cityscapes19").save(labelspace)
-
-    def describe(body, number):
-        request = body["messages"][-1]["content"]
-        classes = request.split("in the description: ")[1].split(".")[0]
-        text = f"A street numbered {body['seed']} with {classes} of the {body['seed'] % 89}th kind"
-        return said(text)
 
     def run(out, url):
         out.mkdir(exist_ok=True)
