@@ -318,8 +318,9 @@ class Engine:
                 problem = f"is damaged ({_say_problems(problems)})"
             except StoreError as error:
                 problem = f"is damaged ({error})"
-        what = f"{needed_by.name} needs {name}" + (f" ({role})" if role != name else "")
-        what = what if needed_by else name
+        what = name
+        if needed_by is not None:
+            what = f"{needed_by.name} needs {name}" + (f" ({role})" if role != name else "")
         raise MissingNeedError(f"{what}, which {problem}. Make it with: {self.command_for(name)}")
 
     def command_for(self, name: str) -> str:

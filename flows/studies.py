@@ -20,6 +20,7 @@ from flows.pipeline import Instance
 from flows.recipes import ConfigError, load_recipe, nearest, validate
 from flows.store import Store, digest_of
 from stages.config import Section
+from stages.published import Table as PublishedTable
 
 STUDIES_DIR = Path(__file__).parent / "studies"
 _ID_CHARS = 10
@@ -76,8 +77,8 @@ class Study(Section):
     """Further columns."""
     targets: tuple[str, ...] = ()
     """Data sets to tabulate and to average over; none: all that were judged."""
-    published: tuple[str, ...] = ()
-    """Published results to show below, by their names in the file of published results."""
+    published: tuple[PublishedTable, ...] = ()
+    """Comparisons in `stages/published.yaml` to show below, marked as published."""
 
     @field_validator("seeds")
     @classmethod

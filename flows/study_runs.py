@@ -5,7 +5,7 @@ goes on.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from flows.recipes import ConfigError
 from flows.runs import run
 from flows.store import StoreError, key_of, read_json
 from flows.studies import Figure, Plan, Trial
+from stages.published import Table as PublishedTable
+from stages.published import read_published
 from stages.report_scores import Number, number
 from stages.shards import write_json
 from stages.study_table import Outcome, Table, as_json, as_markdown, read_outcome, rows_of
@@ -169,7 +171,23 @@ def tabulate(plan: Plan, failures: Sequence[str] = ()) -> Table:
         num_trials=len(plan.trials),
         num_done=done,
         failures=tuple(failures),
+        published=tuple(_published(plan.study.published)),
     )
+
+
+def _published(tables: Sequence[PublishedTable]) -> Iterator[dict[str, Any]]:
+    """Rows of others, in percent as printed; unlike ours, and marked so."""
+    for name in tables:
+        for row in read_published(name):
+            yield {
+                "method": f"{row.method}, {row.variant}" if row.variant else row.method,
+                "encoder": row.encoder,
+                "source": row.source,
+                **row.miou,
+                "average": row.average,
+                "from": row.where,
+                "": row.marker,
+            }
 
 
 def _facts(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:

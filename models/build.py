@@ -78,27 +78,29 @@ LORA_TARGETS = {
     "SamEncoder": ("qkv", "proj", "lin1", "lin2"),
     "ConvNextEncoder": ("fc1", "fc2"),
     "MitEncoder": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+    "ClipResNetEncoder": ("conv1", "conv2", "conv3"),
 }
-"""Layers inside the blocks that LoRA updates by default."""
+"""Layers inside the blocks that LoRA updates by default: of attention and feed-forward; residual
+networks have neither, so their convolutions."""
 
 
 def inject_lora(encoder: Encoder, tuning: TuningConfig) -> None:
-    """Put peft's low-rank updates beside linear layers of the blocks; only they are trained."""
+    """Put peft's low-rank updates beside layers of the blocks; only they are trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     kind = type(encoder).__name__
     targets = tuning.lora_targets or LORA_TARGETS.get(kind)
     if targets is None:
         raise ValueError(
-            f"tuning.kind=lora: {kind} has no linear layers in its blocks; "
-            f"encoders with them: {', '.join(LORA_TARGETS)}"
+            f"tuning.kind=lora: which layers of {kind} is not known here: name them in "
+            f"tuning.lora_targets; known for {', '.join(LORA_TARGETS)}"
         )
     names = "|".join(targets)
     config = LoraConfig(
         r=tuning.lora_rank,
         lora_alpha=tuning.lora_alpha,
         lora_dropout=tuning.lora_dropout,
-        target_modules=rf".*blocks\.\d+\.(?:.*\.)?(?:{names})",
+        target_modules=rf".*(?:blocks\.|layer)\d+\.(?:.*\.)?(?:{names})",
     )
     inject_adapter_in_model(config, encoder.trunk)
     for name, parameter in encoder.named_parameters():

@@ -57,7 +57,7 @@ class TuningConfig(Section):
 
     kind: Literal["frozen", "full", "rein", "lora"] = "frozen"
     """frozen: nothing, without gradients or activation memory; full: all of it; rein: token
-    modules after every block; lora: low-rank updates of linear layers (peft)."""
+    modules after every block; lora: low-rank updates of its layers (peft)."""
     lr_multiplier: float = Field(0.1, gt=0)
     """Factor on the learning rate of encoder weights under `full`."""
     layer_decay: float = Field(1.0, gt=0, le=1)
@@ -83,7 +83,7 @@ class TuningConfig(Section):
     """LoRA: dropout before the update."""
     lora_targets: tuple[str, ...] | None = None
     """LoRA: layers inside the blocks, by the last part of their name; None: all of attention and
-    feed-forward."""
+    feed-forward (residual networks: all convolutions)."""
 
 
 class TextConfig(Section):

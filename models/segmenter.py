@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.decoder import Prediction
 from models.encoders import Encoder
@@ -97,6 +98,10 @@ class Segmenter(nn.Module):
                     freezable = isinstance(part, nn.Module) and any(True for _ in part.parameters())
                     if freezable and not any(p.requires_grad for p in part.parameters()):
                         part.eval()
+            for part in self.encoder.modules():  # frozen norms inside what LoRA updates
+                own = list(part.parameters(recurse=False))
+                if isinstance(part, _BatchNorm) and own and not own[0].requires_grad:
+                    part.eval()
         return self
 
     def forward(self, images: torch.Tensor | Sequence[torch.Tensor]) -> SegmenterOutput:

@@ -365,7 +365,12 @@ def _exactly(value: Number) -> str:
 
 def _published(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     columns = list(dict.fromkeys(name for entry in entries for name in entry))
-    return [columns, *([plain(entry.get(name, "")) for name in columns] for entry in entries)]
+    columns = [name for name in columns if any(entry.get(name) is not None for entry in entries)]
+    return [columns, *([_cell(entry.get(name)) for name in columns] for entry in entries)]
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else plain(value)
 
 
 def _grid(rows: Sequence[Sequence[str]]) -> str:
