@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from models.checkpoints import load_segmenter
-from models.inference import predict
+from models.inference import label_of, predict
 from models.segmenter import Segmenter
 from stages.config import PseudoLabelConfig, StageConfig
 from stages.contracts import Progress, Summary
@@ -132,22 +132,6 @@ class _Desk:
         )
         confidence_BHW, label_BHW = label_of(scores_BKHW, threshold=self.section.threshold)
         return label_BHW.cpu().numpy(), confidence_BHW.cpu().numpy()
-
-
-def label_of(scores_BKHW: torch.Tensor, *, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Confidence and label of class scores.
-
-    Args:
-        scores_BKHW: not negative, float32.
-        threshold: pixels less confident than this get the label 255.
-
-    Returns:
-        uint8 [B, H, W] each: confidence (0..255 = 0..1) and train ids.
-    """
-    best_BHW, label_BHW = scores_BKHW.max(1)
-    share_BHW = best_BHW / scores_BKHW.sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-    label_BHW = label_BHW.to(torch.uint8).masked_fill(share_BHW < threshold, IGNORE)
-    return (share_BHW * 255).round().to(torch.uint8), label_BHW
 
 
 def save_label(

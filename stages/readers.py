@@ -185,6 +185,141 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def read_image(self) -> np.ndarray:
+        """The picture: uint8 RGB [H, W, 3]. Raises `CorruptFileError`."""
+        return read_image(self.image)
+
+    def read_label(self) -> np.ndarray:
+        """The label map: uint8 train ids [H, W] at the picture's size (nearest, where they differ).
+
+        Raises:
+            ValueError: the sample has no label, or its file cannot be read.
+        """
+        if self.label is None:
+            raise ValueError(f"sample {self.id} has no label")
+        raw_HW = read_label(self.label)
+        if raw_HW.shape != (self.height, self.width):
+            raw_HW = resize_label(raw_HW, (self.height, self.width))
+        return raw_HW if self.label_map is None else self.label_map.apply(raw_HW)
+
+
+def load_index(part: Path) -> list[Sample]:
+    """All samples of a part that `prepare` left (sources, targets, ...), in order.
+
+    Raises:
+        FileNotFoundError: no index there, or no `roots.json` beside it.
+        ValueError: an index line is not whole, or names a file outside its data set.
+    """
+    roots_file = part / "roots.json"
+    if not roots_file.is_file():
+        raise FileNotFoundError(f"{roots_file} is missing: run `clouds --stage prepare` again.")
+    roots = json.loads(roots_file.read_text(encoding="utf-8"))
+    return [
+        sample for name in sorted(roots) for sample in _load_dataset(part, name, part / roots[name])
+    ]
+
+
+def _load_dataset(part: Path, name: str, root: Path) -> list[Sample]:
+    _check_paths([name], place=part / "roots.json")
+    index = part / f"{name}.jsonl"
+    card = json.loads((part / f"{name}.json").read_text(encoding="utf-8"))
+    id_map = IdMap.from_json(card["label_map"]) if card["label_map"] else None
+    rows = read_jsonl(index)
+    for row in rows:  # a data set's files may be links, but no path may lead out of its folder
+        named = (row["id"], row["image"], row["label"])
+        _check_paths([path for path in named if path is not None], place=index)
+    return [_sample(row, root, id_map) for row in rows]
+
+
+def _check_paths(paths: Sequence[str], *, place: Path) -> None:
+    for path in paths:
+        if not stays_inside(path):
+            raise ValueError(
+                f"{place} names {path!r}, which leads out of the data set's folder: it was altered."
+                " Run `clouds --stage prepare --force prepare`."
+            )
+
+
+def _sample(row: dict[str, Any], root: Path, id_map: IdMap | None) -> Sample:
+    classes = row.get("classes")
+    return Sample(
+        id=row["id"],
+        image=root / row["image"],
+        label=root / row["label"] if row["label"] else None,
+        height=row["height"],
+        width=row["width"],
+        label_map=id_map,
+        classes=None if classes is None else {int(key): value for key, value in classes.items()},
+    )
+
+
+def load_painted(pictures: Path, labels: Path, selection: Path | None = None) -> list[Sample]:
+    """Painted pictures paired with their labels, in the pictures' order.
+
+    Args:
+        pictures: the `synthesize` artifact.
+        labels: the `pseudo_label` or `refine` artifact.
+        selection: the `select` artifact; only what it keeps is taken. None: everything.
+
+    Raises:
+        ValueError: a kept picture has no label, or nothing is kept.
+    """
+    kept = None
+    if selection is not None:
+        rows = read_jsonl(selection / "selection.jsonl")
+        kept = {row["id"] for row in rows if row["kept"]}
+    files = {row["id"]: row["folder"] / row["label"] for row in read_index(labels)}
+    samples, missing, num_pictures = [], [], 0
+    for row in read_index(pictures):
+        num_pictures += 1
+        if kept is not None and row["id"] not in kept:
+            continue
+        if row["id"] not in files:
+            missing.append(row["id"])
+            continue
+        samples.append(_painted_sample(row, files[row["id"]]))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {num_pictures} pictures in {pictures} have no label in {labels} "
+            f"(the first: {missing[0]}): the two do not belong together."
+        )
+    if not samples:
+        raise ValueError(
+            f"no painted picture is left of {num_pictures}: the selection keeps none. Loosen "
+            "`select`, or train without them (`self_train.labels=none`)."
+        )
+    return samples
+
+
+def _painted_sample(row: dict[str, Any], label: Path) -> Sample:
+    path = row["folder"] / row["file"]
+    height, width = image_size(path)
+    return Sample(
+        id=f"painted/{row['id']}", image=path, label=label, height=height, width=width, painted=True
+    )
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from a picture's header, EXIF rotation honoured.
+
+    Raises:
+        CorruptFileError: the header cannot be read.
+    """
+    with _open(path) as image:
+        width, height = image.size
+        # Pillow decodes a whole PNG to look for EXIF that its header does not announce.
+        turned = "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def network_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    """(height, width) of the network's input: the short side as asked, the aspect kept."""
+    if short_side is None:
+        return size
+    scale = short_side / min(size)
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
 def read_image(path: Path) -> np.ndarray:
     """A picture as uint8 RGB [H, W, 3].
 
@@ -197,13 +332,18 @@ def read_image(path: Path) -> np.ndarray:
     with _open(path) as image:
         try:
             if image.mode != "RGB" or image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-                image = _to_rgb(ImageOps.exif_transpose(image))
+                image = to_rgb(ImageOps.exif_transpose(image))
             return np.array(image)  # asarray would give a read-only view, which torch dislikes
         except (OSError, ValueError, SyntaxError, struct.error) as error:
             raise CorruptFileError(f"{path}: the picture cannot be read ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB: 16-bit levels are halved in depth, transparency laid on black.
+
+    Raises:
+        ValueError: its pixels are floating-point numbers.
+    """
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")

@@ -5,7 +5,8 @@ import torch
 
 from models.build import build_segmenter
 from models.config import SegmenterConfig
-from models.inference import predict, slide, windows
+from models.inference import predict, resize_in_bands, slide, slide_in_bands, windows
+from models.segmenter import resize
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +119,30 @@ def test_training_mode_is_refused(segmenter):
             predict(segmenter, some_images(1, 3, 64, 64))
     finally:
         segmenter.eval()
+
+
+def place_dependent(images):
+    """Scores that differ from window to window."""
+    return images.float() + images.float().mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(30, 17), (4, 17), (3, 5), (31, 6)])
+def test_bands_from_top_to_bottom_are_what_all_windows_give_at_once(size, flip):
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    options = {"window": (8, 6), "stride": (3, 4), "batch": 3}
+    bands = list(slide_in_bands(place_dependent, images, flip=flip, **options))
+    whole = slide(place_dependent, images, **options)
+    if flip:
+        whole = (whole + slide(place_dependent, images.flip(3), **options).flip(3)) / 2
+    assert len(bands) == len({y for y, *_ in windows(size, (8, 6), (3, 4))})
+    torch.testing.assert_close(torch.cat(bands, 2), whole)
+
+
+@pytest.mark.parametrize(
+    ("of", "to"), [((7, 9), (30, 20)), ((30, 20), (7, 9)), ((1, 1), (5, 3)), ((6, 6), (13, 6))]
+)
+def test_resizing_in_bands_equals_resizing_at_once(of, to):
+    scores = torch.rand(2, 3, *of, generator=torch.Generator().manual_seed(0))
+    bands = torch.cat(list(resize_in_bands(scores, to, rows=4)), 2)
+    torch.testing.assert_close(bands, resize(scores, to))
