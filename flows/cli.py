@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows import console
+from flows import console, use
 from flows.engine import Engine, MissingNeedError, StageError
 from flows.pipeline import Instance, select
 from flows.recipes import ConfigError, load_recipe, nearest
@@ -472,6 +472,11 @@ _VERBS: dict[str, tuple[str, _Options, _Do]] = {
     "import": ("Convert a published system's checkpoint into ours.", _import_options, _import),
     "study": ("Run a family of recipes; one table with spreads.", _study_options, _study),
     "check": ("Look at everything a run needs, without running.", _check_options, _check),
+    "predict": (
+        "Label pictures, folders or videos with a trained model.",
+        lambda parser: (_store_options(parser), use.predict_options(parser)),
+        use.predict,
+    ),
     "recipes": ("List the shipped recipes.", _no_options, _recipes),
     "config": ("Show, validate or describe a recipe's settings.", _config_options, _config),
 }

@@ -89,8 +89,12 @@ class Console:
         """Begin a bar; the stage's progress moves it."""
         if resumes:
             say(f"{instance.name}: goes on from {resumes}")
+        return self.task(instance.name)
+
+    def task(self, name: str) -> Progress:
+        """Begin a bar of this name."""
         if not sys.stderr.isatty():
-            return _Quiet(instance.name, self._note)
+            return _Quiet(name, self._note)
         from rich import progress
         from rich.console import Console as RichConsole
 
@@ -105,7 +109,7 @@ class Console:
             transient=True,
         )
         self._bars.start()
-        return _Bar(self._bars, instance.name, self._note)
+        return _Bar(self._bars, name, self._note)
 
     def _note(self, text: str) -> None:
         """A stage's note, once: every stage tells the same of its device."""
