@@ -112,19 +112,27 @@ class Segmenter(nn.Module):
                 several sizes, padded at the right and bottom to the largest.
         """
         padded_B3HW, image_size = self.prepare(images)
-        queries_QC = None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_needs_graph()):
-            if self.tokens is None:
-                features = self.encoder(padded_B3HW)
-            else:
-                features = self.encoder(padded_B3HW, self.tokens.after_block(self.encoder.prefix))
-                queries_QC = self.tokens.queries()
+        features, queries_QC = self.encode(padded_B3HW)
         if self.neck is not None:
             features = self.neck(features)
         predicted = self.decoder(features, queries_QC)
         return SegmenterOutput(
             image_size=image_size, padded_size=tuple(padded_B3HW.shape[-2:]), **predicted
         )
+
+    def encode(
+        self, padded_B3HW: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        """The encoder's maps of prepared images, tokens applied, and the tokens' queries [Q, C].
+
+        An encoder with stages gives strides 4, 8, 16, 32; a plain transformer's maps have one
+        stride, the neck makes the pyramid of them.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_needs_graph()):
+            if self.tokens is None:
+                return self.encoder(padded_B3HW), None
+            features = self.encoder(padded_B3HW, self.tokens.after_block(self.encoder.prefix))
+            return features, self.tokens.queries()
 
     def _encoder_needs_graph(self) -> bool:
         return self.trained_encoder or self.tokens is not None
