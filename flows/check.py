@@ -58,6 +58,7 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
         yield Finding(what="data.sources", state="error", text=text)
     if "synthesize" in stages:
         yield from _unused_pictures(recipes["synthesize"])
+    yield from _missing_averages(pending)
     seen = set()
     for instance in pending:
         for field in instance.contract.weights:
@@ -94,6 +95,22 @@ def _unused_pictures(recipe: Any) -> Iterator[Finding]:
     if recipe.synthesize.mode == "collect" and not recipe.data.unlabelled:
         text = "it is empty, and synthesize.mode=collect takes its pictures from there"
         yield Finding(what="data.unlabelled", state="error", text=text)
+
+
+def _missing_averages(pending: Sequence[Instance]) -> Iterator[Finding]:
+    """Judging the average of weights that are about to be trained without one."""
+    by_name = {instance.name: instance for instance in pending}
+    for instance in pending:
+        if instance.stage != "evaluate" or instance.recipe.evaluate.weights != "ema":
+            continue
+        for entry in instance.inputs:
+            maker = by_name.get(entry.instance) if entry.role == "model" else None
+            if maker is not None and getattr(maker.recipe, maker.stage).ema is None:
+                text = (
+                    f"it is ema, but {maker.name} keeps no average ({maker.stage}.ema is null): "
+                    f"set evaluate.weights=model, or {maker.stage}.ema.decay=0.999"
+                )
+                yield Finding(what=f"evaluate.weights of {instance.name}", state="error", text=text)
 
 
 def _dataset(what: str, dataset: Any, root: Path, group: str) -> Finding:

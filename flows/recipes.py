@@ -122,7 +122,8 @@ def resolve(recipe: Any, *, round: int | None = None, leg: str | None = None) ->
     legs = recipe.legs.get(leg, {}) if leg else {}
     if not rounds and not legs:
         return recipe
-    tree = recipe.model_dump(mode="json")
+    # What a protocol filled in is not set: an override of the protocol fills it anew.
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
     for overrides in (rounds, legs):
         for key, value in overrides.items():
             set_dotted(tree, key, value)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.config import SegmenterConfig
+from stages.protocols import PROTOCOLS
 
 
 class NotInKey:
@@ -35,14 +36,17 @@ _TAKEN_NAMES = {
 }
 
 
+LayoutName = Literal[
+    "cityscapes", "gta5", "folder", "synthia", "bdd100k", "mapillary", "acdc", "urbansyn"
+]
+
+
 class DatasetConfig(Section):
     """One data set on disk."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name in ids ("name/stem"), tables and the report."""
-    layout: Literal[
-        "cityscapes", "gta5", "folder", "synthia", "bdd100k", "mapillary", "acdc", "urbansyn"
-    ] = "cityscapes"
+    layout: LayoutName = "cityscapes"
     """On-disk layout as released (`stages/layouts.py` lists the folders of each); folder: any
     folder of images without labels."""
     root: str
@@ -52,7 +56,8 @@ class DatasetConfig(Section):
     """Split below the layout's folders ("train", "val"; of ACDC also one condition, "night/val");
     None: the only one, or the usual one of the data set's role."""
     label_map: str | None = None
-    """Name of the raw-id map in the label space file; None: the layout's usual one."""
+    """Name of the raw-id map in the label space file; None: of a target the one that
+    `evaluate.protocol` names, else the layout's usual one."""
     limit: int | None = Field(None, gt=0)
     """Take this many samples, evenly spaced over the sorted ones; None: all."""
 
@@ -503,13 +508,53 @@ class SelfTrainConfig(Section):
         return self
 
 
+class SizeConfig(Section):
+    """Size of the network's input."""
+
+    short_side: int | None = Field(None, gt=0)
+    """Resize pictures to this short side; None: native size."""
+    long_side: int | None = Field(None, gt=0)
+    """Make pictures smaller than that where the long side would exceed this; None: no limit."""
+    halve: bool = False
+    """First halve picture (bicubic) and label (nearest), which is then the native size."""
+
+
+ProtocolName = Literal["clouds_released", "rein", "vltseg", "high_resolution", "native"]
+
+
 class EvaluateConfig(ProtocolConfig):
     """Judge a checkpoint on the targets."""
 
+    protocol: ProtocolName | None = None
+    """Published protocol (`stages/protocols.py`): fixes size, windows, label resolution, absent
+    classes and Mapillary's map where they are not set here; None: the settings below alone."""
     weights: Literal["model", "ema"] = "model"
     """Which of the checkpoint's weights."""
+    long_side: int | None = Field(None, gt=0)
+    """Make pictures smaller than that where the long side would exceed this; None: no limit."""
+    layouts: dict[LayoutName, SizeConfig] = {}
+    """Sizes for data sets of single layouts: {bdd100k: {short_side: 720}}."""
+    resize: Literal["antialias", "plain"] = "antialias"
+    """Bilinear over all pixels of a shrinking picture (antialias: Pillow, detectron2), or over the
+    four nearest (plain: OpenCV, mmseg)."""
+    classes: Literal["all", 16, 13] = "all"
+    """Classes of the mean: all, or the 16 or 13 of Cityscapes' 19 that tables from SYNTHIA use (all
+    three stand in the results of those 19)."""
+    training_domain: str | None = None
+    """Target of the domain trained on: left out of the mean, and what rPD (relative performance
+    under domain shift) compares the others with."""
     num_predictions: int = Field(6, ge=0)
     """Predictions per data set kept for the report."""
+
+    @model_validator(mode="after")
+    def _filled_by_the_protocol(self) -> Self:
+        """Fields that are not set stay "not set", so that another protocol can fill them anew."""
+        if self.protocol is not None:
+            settings = PROTOCOLS[self.protocol].settings
+            fixed = type(self)(**settings)
+            for name in settings.keys() - self.model_fields_set:
+                self.__dict__[name] = getattr(fixed, name)
+        return self
 
 
 class ReportConfig(Section):
@@ -585,6 +630,32 @@ class Recipe(Section):
                 raise ValueError(
                     f"{name}.validation is set, but data.validation names no data set to judge on"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _maps_of_the_protocol(self) -> Self:
+        """Targets that name no label map are read by the protocol's."""
+        protocol = PROTOCOLS.get(self.evaluate.protocol or "")
+        if protocol is None:
+            return self
+        targets = []
+        for target in self.data.targets:
+            if target.layout in protocol.label_maps and "label_map" not in target.model_fields_set:
+                target = target.model_copy()
+                target.__dict__["label_map"] = protocol.label_maps[target.layout]
+            targets.append(target)
+        self.__dict__["data"] = self.data.model_copy()
+        self.data.__dict__["targets"] = tuple(targets)
+        return self
+
+    @model_validator(mode="after")
+    def _training_domain_is_a_target(self) -> Self:
+        name, targets = self.evaluate.training_domain, [one.name for one in self.data.targets]
+        if name is not None and targets and name not in targets:
+            raise ValueError(
+                f"evaluate.training_domain is {name!r}, which is none of data.targets "
+                f"({', '.join(targets)})"
+            )
         return self
 
     @field_validator("legs")

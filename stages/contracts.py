@@ -42,9 +42,12 @@ need alone):
                 automatic], classes {train id: pixels before / after / kept / changed / dropped /
                 gained, components}); `checkpoint.json`.
 `self_train`    as `train_source`; `model.safetensors` student, `ema.safetensors` EMA teacher.
-`evaluate`      `results.json`: {"protocol": {...}, "classes": [...], "sets": {dataset:
+`evaluate`      `results.json`: {"protocol": {"name", ...}, "classes": [...], "sets": {dataset:
                 {"confusion": [[...]] (row truth), "iou": [...], "miou", "mean_accuracy",
-                "pixel_accuracy", "num_images", "label_map", "split"}}, "miou_mean": float}
+                "pixel_accuracy", "num_images", "label_map", "layout", "split",
+                [miou_by_classes {"19", "16", "13"}, of Cityscapes' classes],
+                [conditions {"night": as a set}, miou_mean_of_conditions, of ACDC]}},
+                "miou_mean", [training_domain, rpd]}
                 (fractions; null where a class does not count); of a few samples per set
                 `predictions/<dataset>/<stem>.png` (train ids), `<stem>.truth.png`,
                 `<stem>.image.jpg`, `predictions/index.jsonl` (dataset, id, file, truth_file,
@@ -375,7 +378,7 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="evaluate",
-        version=1,
+        version=2,
         verb="stages.evaluate",
         does="Judge a checkpoint on the unseen targets.",
         sections=("evaluate",),

@@ -1,9 +1,9 @@
 """Judge a segmenter on labelled samples: read ahead, predict, count.
 
-for items in read_batches(samples, config):
-    predicted_BHW = count(score, items, segmenter, config, device)
+    for items in read_batches(samples, config):
+        predicted_BHW = count(score, items, segmenter, config, device)
 
-Shared by `evaluate` (targets) and by the trainings (validation sets).
+Shared by `evaluate` (targets), by the trainings (validation sets) and by `submit` (no labels).
 """
 
 import itertools
@@ -12,17 +12,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from models.inference import predict
 from models.segmenter import Segmenter
-from stages.config import ProtocolConfig
+from stages.config import EvaluateConfig, ProtocolConfig
 from stages.devices import Device
 from stages.metrics import DatasetScore, mean, scores
-from stages.readers import Sample, resize_label
+from stages.readers import Sample, network_size, resize_label
 
 READERS = min(8, os.cpu_count() or 1)
 """Threads that read and decode ahead of the network."""
@@ -32,14 +34,38 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """To which size a data set's pictures are brought, and how."""
+
+    short_side: int | None = None
+    """None: native size."""
+    long_side: int | None = None
+    """At most; None: any."""
+    halve: bool = False
+    """Picture (bicubic) and label (nearest) are halved first; that is the native size then."""
+    resize: Literal["antialias", "plain"] = "antialias"
+    """See `resize_image`."""
+
+
+@dataclass(frozen=True)
 class Item:
-    """A sample as the network and the matrix get it."""
+    """A sample as the network and the confusion matrix get it."""
 
     sample: Sample
     image_HW3: np.ndarray
     """uint8 RGB at the network's input size."""
-    label_HW: np.ndarray
-    """uint8 train ids at the size that is scored."""
+    label_HW: np.ndarray | None
+    """uint8 train ids at the size that is scored; None: the sample has no label."""
+    size: Size
+    """(height, width) of the prediction that is asked for."""
+
+
+def sizes_for(layout: str, config: EvaluateConfig) -> Sizes:
+    """The sizes of data sets in a layout."""
+    if layout not in config.layouts:
+        return Sizes(config.short_side, config.long_side, resize=config.resize)
+    own = config.layouts[layout]
+    return Sizes(own.short_side, own.long_side, own.halve, config.resize)
 
 
 def mean_miou(
@@ -79,31 +105,21 @@ def count(
     device: Device,
 ) -> torch.Tensor:
     """Predict a batch at the labels' size, count it, and return the train ids (uint8 [B, H, W])."""
-    labels_BHW = _on(device, np.stack([item.label_HW for item in items]))
-    images_BHW3 = _on(device, np.stack([item.image_HW3 for item in items]))
-    predicted_BHW = predict_labels(
-        segmenter, images_BHW3.permute(0, 3, 1, 2), labels_BHW, config, device
-    )
+    labels_BHW = _on(device, [item.label_HW for item in items])
+    predicted_BHW = predict_labels(segmenter, items, config, device)
     score.add(predicted_BHW, labels_BHW)
     return predicted_BHW
 
 
-def _on(device: Device, array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).to(device.device, non_blocking=True)
-
-
 def predict_labels(
-    segmenter: Segmenter,
-    images_B3HW: torch.Tensor,
-    labels_BHW: torch.Tensor,
-    config: ProtocolConfig,
-    device: Device,
+    segmenter: Segmenter, items: Sequence[Item], config: ProtocolConfig, device: Device
 ) -> torch.Tensor:
-    """Train ids (uint8 [B, H, W]) at the labels' size."""
+    """Train ids (uint8 [B, H, W]) of a batch at the size that its items ask for."""
+    images_BHW3 = _on(device, [item.image_HW3 for item in items])
     scores_BKHW = predict(
         segmenter,
-        images_B3HW,
-        size=tuple(labels_BHW.shape[-2:]),
+        images_BHW3.permute(0, 3, 1, 2),
+        size=items[0].size,
         mode=config.mode,
         window=(config.window, config.window),
         stride=(config.stride, config.stride),
@@ -113,8 +129,21 @@ def predict_labels(
     return scores_BKHW.argmax(1).to(torch.uint8)
 
 
-def read_batches(samples: Sequence[Sample], config: ProtocolConfig) -> Iterator[list[Item]]:
-    """Items in batches of one picture size, read ahead; composed by the index alone."""
+def _on(device: Device, arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays)).to(device.device, non_blocking=True)
+
+
+def read_batches(
+    samples: Sequence[Sample], config: ProtocolConfig, sizes: Sizes | None = None
+) -> Iterator[list[Item]]:
+    """Items in batches of one picture size, read ahead; composed by the index alone.
+
+    Args:
+        samples: with or without labels.
+        config: the protocol.
+        sizes: of this data set; None: the protocol's short side.
+    """
+    sizes = sizes or Sizes(config.short_side)
     by_size: dict[Size, list[Sample]] = {}
     for sample in samples:
         by_size.setdefault((sample.height, sample.width), []).append(sample)
@@ -123,11 +152,11 @@ def read_batches(samples: Sequence[Sample], config: ProtocolConfig) -> Iterator[
         for group in by_size.values()
         for start in range(0, len(group), config.batch_size)
     ]
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="evaluate")
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="judging")
     waiting: deque[list[Future[Item]]] = deque()
     try:
         for batch in batches:
-            waiting.append([pool.submit(read_item, sample, config) for sample in batch])
+            waiting.append([pool.submit(read_item, sample, config, sizes) for sample in batch])
             if len(waiting) > BATCHES_AHEAD:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
@@ -136,20 +165,41 @@ def read_batches(samples: Sequence[Sample], config: ProtocolConfig) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-def read_item(sample: Sample, config: ProtocolConfig) -> Item:
-    image_HW3, label_HW = sample.read_image(), sample.read_label()
-    size = network_size((sample.height, sample.width), config.short_side)
-    if size != image_HW3.shape[:2]:
-        picture = Image.fromarray(image_HW3)
-        image_HW3 = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
-    if config.label_resolution == "network" and size != label_HW.shape:
-        label_HW = resize_label(label_HW, size)
-    return Item(sample, image_HW3, label_HW)
+def read_item(sample: Sample, config: ProtocolConfig, sizes: Sizes) -> Item:
+    """Read a sample and bring picture and label to the sizes that the protocol asks for."""
+    image_HW3 = sample.read_image()
+    label_HW = sample.read_label() if sample.label is not None else None
+    if sizes.halve:
+        half = max(1, image_HW3.shape[0] // 2), max(1, image_HW3.shape[1] // 2)
+        smaller = Image.fromarray(image_HW3).resize(half[::-1], Image.Resampling.BICUBIC)
+        image_HW3 = np.array(smaller)
+        label_HW = None if label_HW is None else resize_label(label_HW, half)
+    native: Size = image_HW3.shape[:2]
+    network = network_size(native, sizes.short_side, sizes.long_side)
+    image_HW3 = resize_image(image_HW3, network, kind=sizes.resize)
+    if config.label_resolution == "native":
+        return Item(sample, image_HW3, label_HW, native)
+    if label_HW is not None and network != label_HW.shape:
+        label_HW = resize_label(label_HW, network)
+    return Item(sample, image_HW3, label_HW, network)
 
 
-def network_size(size: Size, short_side: int | None) -> Size:
-    """(height, width) of the network's input: the short side as asked, the aspect kept."""
-    if short_side is None:
-        return size
-    scale = short_side / min(size)
-    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+def resize_image(
+    image_HW3: np.ndarray, size: Size, *, kind: Literal["antialias", "plain"]
+) -> np.ndarray:
+    """Bilinear to (height, width), uint8 RGB.
+
+    Args:
+        image_HW3: uint8 RGB.
+        size: (height, width).
+        kind: "antialias": every pixel counts when a picture shrinks (Pillow, detectron2);
+            "plain": the four nearest ones do (OpenCV, mmseg).
+    """
+    if size == image_HW3.shape[:2]:
+        return image_HW3
+    if kind == "antialias":
+        smaller = Image.fromarray(image_HW3).resize(size[::-1], Image.Resampling.BILINEAR)
+        return np.array(smaller)  # asarray would give a read-only view, which torch dislikes
+    image_13HW = torch.from_numpy(image_HW3).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(image_13HW, size, mode="bilinear", align_corners=False)
+    return resized[0].round().byte().permute(1, 2, 0).contiguous().numpy()

@@ -293,6 +293,13 @@ def list_pairs(dataset: DatasetConfig, root: Path, *, role: str, labelled: bool)
     )
 
 
+def condition_of(layout: str, image: Path) -> str | None:
+    """Under which condition a picture was taken ("night"), where the layout's folders tell."""
+    if layout != "acdc":
+        return None
+    return next((part for part in reversed(image.parts[:-1]) if part in _ACDC_CONDITIONS), None)
+
+
 _Picture = tuple[str, Path, Path]
 """Stem, file, and the image folder it was found below."""
 

@@ -185,6 +185,22 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def network_size(
+    size: tuple[int, int], short_side: int | None, long_side: int | None = None
+) -> tuple[int, int]:
+    """(height, width) of the network's input: the short side as asked, the aspect kept.
+
+    Args:
+        size: the picture's (height, width).
+        short_side: of the result; None: the picture's own.
+        long_side: what the long side may be at most; None: any.
+    """
+    scale = 1.0 if short_side is None else short_side / min(size)
+    if long_side is not None:
+        scale = min(scale, long_side / max(size))
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
 def read_image(path: Path) -> np.ndarray:
     """A picture as uint8 RGB [H, W, 3].
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flows.check import look
 from flows.cli import main
+from flows.engine import Engine
+from flows.recipes import load_recipe
 from flows.store import Store
 
 RECIPE = """
@@ -353,3 +356,16 @@ def test_check_says_what_is_unused_or_empty(streets, capsys):
     assert "synthesize.mode=collect" in capsys.readouterr().out
     assert main(["check", *arguments, "--set", "data.sources=[]"]) == 1
     assert "at least one labelled" in capsys.readouterr().out
+
+
+def test_judging_an_average_that_nobody_keeps_stops_before_the_run(tmp_path, capsys):
+    options = ["--recipe", "tiny", "--artifacts", str(tmp_path), "--set", "evaluate.weights=ema"]
+    assert main(["run", *options]) == 2
+    said = capsys.readouterr().err
+    assert "evaluate@0" in said
+    assert "set evaluate.weights=model, or train_source.ema.decay=0.999" in said
+    assert not list(tmp_path.glob("train_source*"))
+    recipe = load_recipe("tiny", ["evaluate.weights=ema", "train_source.ema.decay=0.99"])
+    engine = Engine(recipe=recipe, store=Store(tmp_path))
+    found = look(list(engine.instances.values()), store=engine.store)
+    assert not [finding for finding in found if "evaluate.weights" in finding.what]

@@ -11,11 +11,11 @@ from models.build import build_segmenter
 from models.checkpoints import load_segmenter, save_segmenter
 from stages import evaluate, prepare
 from stages.config import EvaluateConfig, Recipe
-from stages.judging import network_size
 from stages.labels import load_labelspace, read_labelspace
 from stages.metrics import DatasetScore, mean, scores
-from stages.readers import load_index, resize_label
+from stages.readers import load_index, network_size, resize_label
 from tests import small_datasets
+from tests.small_judged import evaluated, save_checkpoint
 from tests.tiny import SEGMENTER, Told, stage_config, write_labelspace
 
 NAMES = load_labelspace("cityscapes19").names
@@ -51,23 +51,6 @@ def inputs(tmp_path_factory):
     return root
 
 
-LIGHT = SEGMENTER.model_copy(
-    update={"decoder": SEGMENTER.decoder.model_copy(update={"kind": "light"})}
-)
-
-
-def save_checkpoint(folder, names, **options):
-    """Random weights, spread out: an untrained network would give one class to every pixel."""
-    segmenter = build_segmenter(LIGHT, class_names=names)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in segmenter.named_parameters():
-            if name.startswith("decoder"):
-                spread = 2 * parameter.std().nan_to_num(0.1).clamp(min=0.05)
-                parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
-    save_segmenter(folder, segmenter, label_space="cityscapes19", step=7, **options)
-
-
 class Interrupted(Told):
     """Progress that stops a stage after so many units."""
 
@@ -79,20 +62,6 @@ class Interrupted(Told):
         super().advance(count, **metrics)
         if self.advanced >= self.after:
             raise KeyboardInterrupt
-
-
-def evaluated(inputs, out, *, told=None, model=None, precision="fp32", **section):
-    recipe = Recipe(evaluate=section, run={"device": "cpu"}, precision=precision)
-    out.mkdir(exist_ok=True)
-    summary = evaluate.run(
-        stage_config(recipe, "evaluate"),
-        out=out,
-        progress=told or Told(),
-        model=model or inputs / "model",
-        targets=inputs / "prepared" / "targets",
-        labelspace=inputs / "prepared" / "labelspace",
-    )
-    return summary, json.loads((out / "results.json").read_text())
 
 
 def files(out):
@@ -325,7 +294,7 @@ def test_the_tiny_label_space_of_training_is_judged_too(tmp_path):
         row |= {"label": f"labels/{number:05d}.png", "height": 20, "width": 32}
         rows.append(json.dumps(row))
     (part / "t.jsonl").write_text("\n".join(rows))
-    card = {"label_map": None, "split": None, "also_in_sources": []}
+    card = {"layout": "gta5", "label_map": None, "split": None, "also_in_sources": []}
     (part / "t.json").write_text(json.dumps(card))
     (part / "roots.json").write_text(json.dumps({"t": str(tmp_path / "data")}))
     recipe = Recipe(evaluate=EvaluateConfig(), run={"device": "cpu"})

@@ -170,12 +170,7 @@ def wait_share(
         waited_s += time.perf_counter() - asked
         if items is None:
             break
-        labels = torch.from_numpy(np.stack([item.label_HW for item in items])).to(device.device)
-        images = torch.from_numpy(np.stack([item.image_HW3 for item in items])).to(device.device)
-        predicted = judging.predict_labels(
-            segmenter, images.permute(0, 3, 1, 2), labels, config, device
-        )
-        score.add(predicted, labels)
+        judging.count(score, items, segmenter, config, device)
     score.to_json()
     return 100 * waited_s / (time.perf_counter() - started)
 
@@ -184,16 +179,16 @@ def wait_case(device: Device, folder: Path, runs: int) -> dict:
     """Reading ahead against reading in turn, with a small network on 256x512 (a GPU: 1024x2048)."""
     size = SIZE if device.device.type == "cuda" else (256, 512)
     samples = write_samples(folder, size)
-    config = EvaluateConfig(batch_size=2)
+    config, sizes = EvaluateConfig(batch_size=2), judging.Sizes()
     names = [str(number) for number in range(CLASSES)]
     segmenter = build_segmenter(SEGMENTER, class_names=names, device=device.device).eval()
 
     def ahead() -> float:
-        return wait_share(judging.read_batches(samples, config), segmenter, config, device)
+        return wait_share(judging.read_batches(samples, config, sizes), segmenter, config, device)
 
     def in_turn() -> float:
         pairs = (samples[start : start + 2] for start in range(0, len(samples), 2))
-        batches = ([judging.read_item(sample, config) for sample in pair] for pair in pairs)
+        batches = ([judging.read_item(sample, config, sizes) for sample in pair] for pair in pairs)
         return wait_share(batches, segmenter, config, device)
 
     return compare("wait", ahead, in_turn, "%", runs)
