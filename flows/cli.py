@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows import console, use
+from flows import console, submission, use
 from flows.engine import Engine, MissingNeedError, StageError
 from flows.pipeline import Instance, select
 from flows.recipes import ConfigError, load_recipe, nearest
@@ -224,6 +224,12 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
 def _check_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
     _store_options(parser)
+
+
+def _submit_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    _store_options(parser)
+    submission.add_options(parser)
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
@@ -471,6 +477,11 @@ _VERBS: dict[str, tuple[str, _Options, _Do]] = {
     "adopt": ("Take something made elsewhere as a stage's output.", _adopt_options, _adopt),
     "import": ("Convert a published system's checkpoint into ours.", _import_options, _import),
     "study": ("Run a family of recipes; one table with spreads.", _study_options, _study),
+    "submit": (
+        "Predict a benchmark's test pictures for its server.",
+        _submit_options,
+        submission.submit,
+    ),
     "check": ("Look at everything a run needs, without running.", _check_options, _check),
     "predict": (
         "Label pictures, folders or videos with a trained model.",

@@ -206,6 +206,8 @@ def _results(results: Mapping[str, Any]) -> None:
         values = [entry["sets"].get(target, {}).get("miou") for target in targets]
         rows.append([name, *map(percent, values), percent(entry.get("miou_mean"))])
     table(rows)
+    protocols = dict.fromkeys(entry["protocol"].get("name") for entry in results.values())
+    say(f"protocol: {'; '.join(filter(None, protocols)) or 'not recorded'}")
 
 
 def percent(value: float | None) -> str:
