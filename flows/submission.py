@@ -5,9 +5,9 @@ import importlib
 from pathlib import Path
 
 from flows import console
-from flows.inspection import locate
 from flows.recipes import ConfigError, load_recipe
 from flows.store import Store
+from flows.use import find_model
 from stages.config import StageConfig
 
 EXIT_OK = 0
@@ -26,9 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
     parser.add_argument(
         "--model",
-        required=True,
-        metavar="KEY|FOLDER",
-        help="an artifact's key or instance, or the folder of a checkpoint",
+        default="latest",
+        metavar="KEY|FOLDER|latest",
+        help="an artifact's key or instance, a checkpoint's folder, or the newest (default)",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to")
     parser.add_argument("--split", default="test", help="which pictures (default test)")
@@ -41,9 +41,7 @@ def submit(arguments: argparse.Namespace) -> int:
         ConfigError: no such model, or what the stage refuses.
     """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    folder = Path(arguments.model)
-    if not (folder / "checkpoint.json").is_file():
-        folder, _ = locate(Store(Path(arguments.artifacts)), arguments.model)
+    model = find_model(Store(Path(arguments.artifacts)), arguments.model)
     work = importlib.import_module("stages.submission")
     try:
         with console.Console() as listener:
@@ -51,7 +49,7 @@ def submit(arguments: argparse.Namespace) -> int:
                 StageConfig(recipe, stage="submit", sections=("evaluate",)),
                 out=arguments.out,
                 progress=listener.task("submit"),
-                model=folder,
+                model=model,
                 root=arguments.root.expanduser(),
                 server=arguments.server,
                 split=arguments.split,

@@ -186,7 +186,7 @@ def test_the_command_explains_mistakes(inputs, tmp_path, capsys):
     assert main([*acdc, "--split", "val", "--model", str(inputs / "model")]) == 2
     assert "Splits present" in capsys.readouterr().err
     assert main([*acdc, "--model", "gone", "--artifacts", str(tmp_path)]) == 2
-    assert "no artifact 'gone'" in capsys.readouterr().err
+    assert "'gone' is neither a folder nor an artifact" in capsys.readouterr().err
     assert main([*acdc, "--model", str(inputs / "model")]) == 0
     assert "4 predictions as train ids, acdc_test.zip" in capsys.readouterr().out
     header = json.loads((tmp_path / "out" / "submission.json").read_text())
