@@ -115,7 +115,8 @@ def _missing_averages(pending: Sequence[Instance]) -> Iterator[Finding]:
 
 def _dataset(what: str, dataset: Any, root: Path, group: str) -> Finding:
     try:
-        found = list_pairs(dataset, root, role=group, labelled=group != "unlabelled").pairs
+        labelled = group != "unlabelled" or dataset.truth
+        found = list_pairs(dataset, root, role=group, labelled=labelled).pairs
     except (FileNotFoundError, ValueError) as error:
         return Finding(what=what, state="error", text=str(error))
     return Finding(what=what, state="ok", text=f"{len(found)} samples below {root}")
@@ -199,8 +200,10 @@ def _label_values(recipe: Any) -> Iterator[Finding]:
     """Read a few labels of every data set and look whether its map knows their values."""
     from stages.prepare import check_labels
 
-    for group in ("sources", "targets", "validation"):
+    for group in ("sources", "targets", "validation", "unlabelled"):
         for dataset in getattr(recipe.data, group):
+            if group == "unlabelled" and not dataset.truth:
+                continue
             if dataset.root.startswith(WORLD_PREFIX):
                 continue
             what = f"labels of {dataset.name}"

@@ -60,6 +60,9 @@ class DatasetConfig(Section):
     `evaluate.protocol` names, else the layout's usual one."""
     limit: int | None = Field(None, gt=0)
     """Take this many samples, evenly spaced over the sorted ones; None: all."""
+    truth: bool = False
+    """Under `data.unlabelled`: read the labels too, never to train on, but to tell how good
+    pseudo-labels are before and after refinement."""
 
     @field_validator("name")
     @classmethod
@@ -84,6 +87,17 @@ class DataConfig(Section):
     """Labelled sets for choices (stopping, thresholds); never a target."""
     unlabelled: tuple[DatasetConfig, ...] = ()
     """Pictures that `synthesize` may collect instead of painting."""
+
+    @model_validator(mode="after")
+    def _truth_of_the_unlabelled(self) -> Self:
+        """Elsewhere labels are read anyway."""
+        for dataset in (*self.sources, *self.targets, *self.validation):
+            if dataset.truth:
+                raise ValueError(
+                    f"data set {dataset.name!r} sets truth, which belongs under data.unlabelled "
+                    f"only: the labels of sources, targets and validation sets are read anyway"
+                )
+        return self
 
     @model_validator(mode="after")
     def _validation_is_no_target(self) -> Self:
@@ -118,7 +132,7 @@ class WorldConfig(Section):
     num_target: int = Field(100, gt=0)
     """Pictures per target domain."""
     num_web: int = Field(0, ge=0)
-    """Unlabelled many-style pictures."""
+    """Many-style pictures to collect; their labels are there for `truth` only."""
     num_web_val: int = Field(100, ge=0)
     """Labelled many-style pictures for choices."""
     seed: int = Field(0, ge=0)

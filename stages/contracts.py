@@ -13,8 +13,8 @@ store, no other stage. Files under `logs/`, and `roots.json`, are not part of an
 What the stages leave (paths relative to the artifact; a *part* is a top folder that others can
 need alone):
 
-`render_world`  `source/ targets/<name>/ web/ web_val/`: data sets of the miniature in the real
-                layouts.
+`render_world`  `source/` (layout gta5), `targets/<name>/ web_val/ web/` (layout cityscapes): data
+                sets of the miniature; `web/captions.jsonl`.
 `prepare`       parts `labelspace/labelspace.json`; `sources/ targets/ validation/ unlabelled/`,
                 each with `<dataset>.jsonl` (one sample a line: id "dataset/stem", image, label or
                 null (paths relative to the data set's root), height, width, image_digest,
@@ -30,17 +30,21 @@ need alone):
 `synthesize`    shards; files `<picture id>.png|jpg` ("/" in an id becomes "+"), which carry how
                 they were made; index rows: id, file, prompt_id, prompt, seed, model, steps,
                 guidance, negative_prompt, scheduler, untrained, [collected], [spare: painted for
-                want of a better one], [batch_size where it was cut for want of memory], [tiled].
+                want of a better one], [batch_size where it was cut for want of memory], [tiled],
+                [truth: the file `<id>.truth.png` with its true train ids, where the collected data
+                set has `truth`; only ever compared with].
 `pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and
                 `<id>.confidence.png` (uint8, 0..255 = 0..1); index rows: id, label, confidence,
-                mean_confidence, classes {train id: pixels}; `statistics.json`; `checkpoint.json`
-                (the teacher's, so that class names travel with the labels).
+                mean_confidence, classes {train id: pixels}, [truth: counts]; `statistics.json`
+                ([truth]: see `stages/truth.py`); `checkpoint.json` (the teacher's, so that class
+                names travel with the labels).
 `select`        `selection.jsonl`: id, kept, scores {}, reasons [], [twin], [replaces: the dropped
                 picture that a spare one stands for]; `statistics.json`.
-`refine`        shards; files `<id>.label.png`; index rows: id, label, counts; `statistics.json`
-                (num_pictures, num_fallback, components, mean_iou, untrained, [accepted, trusted,
-                automatic], classes {train id: pixels before / after / kept / changed / dropped /
-                gained, components}); `checkpoint.json`.
+`refine`        shards; files `<id>.label.png`; index rows: id, label, counts, [truth];
+                `statistics.json` (num_pictures, num_fallback, components, mean_iou, untrained,
+                [accepted, trusted, automatic], [truth: before, after], classes {train id: pixels
+                before / after / kept / changed / dropped / gained, components});
+                `checkpoint.json`.
 `self_train`    as `train_source`; `model.safetensors` student, `ema.safetensors` EMA teacher.
 `evaluate`      `results.json`: {"protocol": {"name", ...}, "classes": [...], "sets": {dataset:
                 {"confusion": [[...]] (row truth), "iou": [...], "miou", "mean_accuracy",
@@ -242,7 +246,7 @@ _TEACHER = Need(role="teacher", stage="self_train", round_offset=-1, at_round_0=
 CONTRACTS: tuple[Contract, ...] = (
     Contract(
         name="render_world",
-        version=1,
+        version=2,
         verb="stages.render_world",
         does="Render the miniature's streets in the real on-disk layouts.",
         sections=("world",),

@@ -273,7 +273,8 @@ def list_pairs(dataset: DatasetConfig, root: Path, *, role: str, labelled: bool)
     split = _choose_split(dataset, layout, root, role=role, who=who)
     if labelled and not layout.kinds:
         raise ValueError(
-            f"{who} has no labels, so it can only stand under `data.unlabelled`. Labelled layouts: "
+            f"{who} has no labels, so it can only stand under `data.unlabelled`, without `truth`. "
+            "Labelled layouts: "
             f"{', '.join(name for name, known in LAYOUTS.items() if known.kinds)}."
         )
     folders = _image_folders(layout, root, split)

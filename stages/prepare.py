@@ -149,7 +149,8 @@ def _jobs(data: DataConfig, space: LabelSpace, world: Path | None) -> Iterator[_
     for role in ROLES:
         for dataset in getattr(data, role):
             root = dataset_root(dataset, data.root, world)
-            listing = list_pairs(dataset, root, role=role, labelled=role != "unlabelled")
+            labelled = role != "unlabelled" or dataset.truth
+            listing = list_pairs(dataset, root, role=role, labelled=labelled)
             yield _Job(
                 role=role,
                 dataset=dataset,

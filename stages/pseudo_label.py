@@ -24,8 +24,9 @@ from stages.config import PseudoLabelConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import Device, choose_device
 from stages.labels import IGNORE
-from stages.readers import read_image
+from stages.readers import read_image, read_label
 from stages.shards import Row, read_index, write_json, write_shards
+from stages.truth import compare, percent, quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Picture:
 
     id: str
     path: Path
+    truth: Path | None = None
+    """Its true label map (train ids), where that is known: to compare with."""
 
 
 def run(
@@ -54,7 +57,12 @@ def run(
     """
     section = config.pseudo_label
     items = [
-        Picture(id=row["id"], path=row["folder"] / row["file"]) for row in read_index(pictures)
+        Picture(
+            id=row["id"],
+            path=row["folder"] / row["file"],
+            truth=row["folder"] / row["truth"] if "truth" in row else None,
+        )
+        for row in read_index(pictures)
     ]
     if not items:
         raise ValueError("there is no picture to label: run `clouds --stage synthesize`.")
@@ -81,15 +89,29 @@ def run(
     statistics = sum_up(list(read_index(out)), which=which)
     write_json(out / "statistics.json", statistics)
     shutil.copyfile(teacher / "checkpoint.json", out / "checkpoint.json")
-    return Summary(
-        text=f"{len(items)} pictures labelled in {num_shards} shards, mean confidence "
-        f"{statistics['mean_confidence']:.3f}",
-        numbers={
-            "pictures": len(items),
-            "shards": num_shards,
-            "mean_confidence": statistics["mean_confidence"],
-        },
+    return _summary(statistics, num_shards)
+
+
+def _summary(statistics: Row, num_shards: int) -> Summary:
+    numbers = {
+        "pictures": statistics["num_pictures"],
+        "shards": num_shards,
+        "mean_confidence": statistics["mean_confidence"],
+    }
+    text = (
+        f"{statistics['num_pictures']} pictures labelled in {num_shards} shards, mean confidence "
+        f"{statistics['mean_confidence']:.3f}"
     )
+    if "truth" in statistics:
+        miou = statistics["truth"]["whole"]["miou"]
+        numbers["truth_miou"] = miou
+        text += f", mIoU {percent(miou)} against the truth of {_known(statistics)}"
+    return Summary(text=text, numbers=numbers)
+
+
+def _known(statistics: Row) -> str:
+    known, total = statistics["truth"]["num_pictures"], statistics["num_pictures"]
+    return "all" if known == total else f"{known} of them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +131,10 @@ class _Desk:
             for (picture, _), label_HW, confidence_HW in zip(
                 batch, labels, confidences, strict=True
             ):
-                rows.append(save_label(folder, picture.id, label_HW, confidence_HW))
+                row = save_label(folder, picture.id, label_HW, confidence_HW)
+                if picture.truth is not None:
+                    row["truth"] = compare(label_HW, read_label(picture.truth))
+                rows.append(row)
             self.progress.advance(len(batch))
         return rows
 
@@ -158,7 +183,10 @@ def save_label(
 
 
 def sum_up(rows: Sequence[Row], *, which: str) -> Row:
-    """Statistics over all pictures: per class its pixels, pictures and mean confidence."""
+    """Statistics over all pictures: per class its pixels, pictures and mean confidence.
+
+    Where a truth is known, also how good the labels are (`stages/truth.py`).
+    """
     pixels: Counter[str] = Counter()
     pictures: Counter[str] = Counter()
     sums: defaultdict[str, float] = defaultdict(float)
@@ -167,7 +195,8 @@ def sum_up(rows: Sequence[Row], *, which: str) -> Row:
         pictures.update(row["classes"].keys())
         for key, mean in row["class_confidence"].items():
             sums[key] += mean * row["classes"][key]
-    return {
+    known = [row["truth"] for row in rows if "truth" in row]
+    return ({"truth": quality(known)} if known else {}) | {
         "num_pictures": len(rows),
         "weights": which,
         "mean_confidence": round(float(np.mean([row["mean_confidence"] for row in rows])), 6),

@@ -27,6 +27,7 @@ from stages.labels import IGNORE, load_labelspace
 from stages.readers import read_image, read_label
 from stages.refinement import CITYSCAPES_ONLY, NEEDS_CONFIDENCE, Outcome, Refinement, Subject
 from stages.shards import Row, item_seed, read_index, read_jsonl, write_json, write_shards
+from stages.truth import compare, percent, quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Job:
     picture: Path
     label: Path
     confidence: Path
+    truth: Path | None = None
+    """Its true label map (train ids), where that is known: to compare with."""
 
 
 def run(
@@ -130,6 +133,7 @@ def _job(picture: Row, label: Row) -> Job:
         picture=picture["folder"] / picture["file"],
         label=label["folder"] / label["label"],
         confidence=label["folder"] / label.get("confidence", ""),
+        truth=picture["folder"] / picture["truth"] if "truth" in picture else None,
     )
 
 
@@ -145,12 +149,15 @@ class _Bench:
         rows = []
         size = self.section.batch_size
         for start in range(0, len(jobs), size):
-            subjects = [self._read(job) for job in jobs[start : start + size]]
-            for subject, outcome in zip(subjects, self.refinement.refine(subjects), strict=True):
+            batch = jobs[start : start + size]
+            subjects = [self._read(job) for job in batch]
+            outcomes = self.refinement.refine(subjects)
+            for job, subject, outcome in zip(batch, subjects, outcomes, strict=True):
                 name = f"{subject.id.replace('/', '+')}.label.png"
                 Image.fromarray(outcome.label_HW).save(folder / name)
                 counts = count_changes(subject.label_HW, outcome)
-                rows.append({"id": subject.id, "label": name, "counts": counts})
+                row = {"id": subject.id, "label": name, "counts": counts}
+                rows.append(row | _against_truth(job, subject, outcome))
             self.progress.advance(len(subjects))
         return rows
 
@@ -165,6 +172,15 @@ class _Bench:
             label_HW=_read_map(job, job.label, image),
             confidence_HW=confidence_HW,
         )
+
+
+def _against_truth(job: Job, subject: Subject, outcome: Outcome) -> Row:
+    """How label maps before and after compare with the truth; empty where none is known."""
+    if job.truth is None:
+        return {}
+    truth_HW = read_label(job.truth)
+    before, after = (compare(each, truth_HW) for each in (subject.label_HW, outcome.label_HW))
+    return {"truth": {"before": before, "after": after}}
 
 
 def _read_map(job: Job, path: Path, image: np.ndarray) -> np.ndarray:
@@ -232,14 +248,20 @@ def sum_up(rows: Sequence[Mapping[str, object]], *, untrained: bool) -> Row:
         for name in ("accepted", "trusted", "automatic")
         if all(name in row["counts"] for row in rows)
     }
-    return ruled | {
-        "num_pictures": len(rows),
-        "num_fallback": sum(row["counts"]["fallback"] for row in rows),
-        "components": sum(row["counts"]["components"] for row in rows),
-        "mean_iou": round(float(np.mean(scores)), 4) if scores else None,
-        "untrained": untrained,
-        "classes": {key: dict(totals[key]) for key in sorted(totals, key=int)},
-    }
+    known = [row["truth"] for row in rows if "truth" in row]
+    truth = {when: quality([each[when] for each in known]) for when in ("before", "after")}
+    return (
+        ({"truth": truth} if known else {})
+        | ruled
+        | {
+            "num_pictures": len(rows),
+            "num_fallback": sum(row["counts"]["fallback"] for row in rows),
+            "components": sum(row["counts"]["components"] for row in rows),
+            "mean_iou": round(float(np.mean(scores)), 4) if scores else None,
+            "untrained": untrained,
+            "classes": {key: dict(totals[key]) for key in sorted(totals, key=int)},
+        }
+    )
 
 
 def _summary(statistics: Row, num_shards: int) -> Summary:
@@ -253,10 +275,14 @@ def _summary(statistics: Row, num_shards: int) -> Summary:
     )
     if statistics["untrained"]:
         text += ", by an untrained SAM"
-    numbers = {
+    numbers: dict[str, float | int | str] = {
         "pictures": statistics["num_pictures"],
         "components": statistics["components"],
         "kept_share": round(share, 4),
         "shards": num_shards,
     }
+    if "truth" in statistics:
+        before, after = (statistics["truth"][when]["whole"]["miou"] for when in ("before", "after"))
+        numbers |= {"truth_miou_before": before, "truth_miou_after": after}
+        text += f", mIoU against the truth {percent(before)} before, {percent(after)} after"
     return Summary(text=text, numbers=numbers)

@@ -2,9 +2,9 @@
 
     clouds --stage render_world --recipe miniature
 
-`source/` is laid out as GTA5, `targets/<name>/` and `web_val/` as Cityscapes, `web/` as a folder
-of pictures
-with `captions.jsonl`. Label files hold Cityscapes label ids.
+`source/` is laid out as GTA5, all else as Cityscapes: `targets/<name>/` and `web_val/` with split
+val, `web/` with split train and `captions.jsonl`; its labels are there to tell how good
+pseudo-labels are. Label files hold Cityscapes label ids.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from stages.contracts import Progress, Summary
 from stages.labels import load_labelspace
 from stages.shards import item_seed, write_jsonl
 
-SPLIT = "val"
-"""Split of the judged sets, as in Cityscapes."""
+SPLITS = {"web": "train"}
+"""Split of a part; the judged ones have "val", as in Cityscapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +82,17 @@ def _render(item: _Item, world: WorldConfig) -> Picture:
 
 
 def _caption_row(item: _Item, world: WorldConfig) -> dict[str, str]:
-    return {"file": f"{item.stem}.png", "caption": _render(item, world).caption}
+    picture = _image_path(Path(), item).relative_to(item.part)
+    return {"file": picture.as_posix(), "caption": _render(item, world).caption}
 
 
 def _image_path(out: Path, item: _Item) -> Path:
     root = out / item.part
     if item.part == "source":
         return root / "images" / f"{item.stem}.png"
-    if item.part == "web":
-        return root / f"{item.stem}.png"
     city = item.part.rpartition("/")[2].replace("_", "")
-    return root / "leftImg8bit" / SPLIT / city / f"{city}_{item.stem}_leftImg8bit.png"
+    split = SPLITS.get(item.part, "val")
+    return root / "leftImg8bit" / split / city / f"{city}_{item.stem}_leftImg8bit.png"
 
 
 def _write(picture: Picture, out: Path, item: _Item, palette: bytes) -> None:
@@ -104,7 +104,7 @@ def _write(picture: Picture, out: Path, item: _Item, palette: bytes) -> None:
     labels = {}
     if item.part == "source":
         labels[out / item.part / "labels" / image.name] = picture.label_ids_HW
-    elif item.part != "web":
+    else:
         folder = (
             out
             / item.part

@@ -27,6 +27,7 @@ from stages.report_pictures import (
     predictions,
 )
 from stages.report_scores import Judged, judge, minus, read_scores
+from stages.report_truth import read_quality
 from stages.report_words import percent, signed
 from stages.shards import Row, read_index, write_json
 
@@ -87,6 +88,7 @@ def _read(artifacts: Mapping[str, Path]) -> Story:
         chain=chain,
         space=space,
         changes=measure(chain, space),
+        quality=read_quality(chain, space),
         charts=read_curves(instances, colours),
         colours=colours,
         num_pictures=len(rows),
@@ -205,6 +207,7 @@ def _results(
         "classes": list(story.space.names),
         "models": [_model_row(one, compared[one.instance]) for one in story.models],
         "refinement": asdict(story.changes) if story.changes else None,
+        "label_quality": asdict(story.quality) if story.quality else None,
         "pictures": [
             {
                 "id": one.id,

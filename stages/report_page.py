@@ -18,6 +18,7 @@ from stages.report_changes import Changes
 from stages.report_lineage import BOX_HEIGHT, BOX_WIDTH, Instance, draw, state_of
 from stages.report_pictures import Chain, Painted, Predicted, class_name
 from stages.report_scores import Judged, Number, Verdict, minus, source_of
+from stages.report_truth import LabelQuality
 from stages.report_words import as_json, duration, moment, percent, plain, signed, size_of, tone
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -40,6 +41,7 @@ class Story:
     chain: Chain
     space: LabelSpace
     changes: Changes | None
+    quality: LabelQuality | None
     charts: Sequence[LineChart]
     colours: Mapping[str, int]
     """Colour number of every instance."""
@@ -129,6 +131,7 @@ def _frame(
         ("pipeline", "Pipeline", True),
         ("pictures", "Pictures", painted),
         ("changes", "Refinement", story.changes),
+        ("truth", "Label quality", story.quality),
         ("predictions", "Predictions", predicted),
         ("curves", "Curves", story.charts),
         ("classes", "Classes", story.models),

@@ -337,7 +337,11 @@ def _copy(sample: Sample, folder: Path) -> Row:
         shutil.copyfile(sample.image, folder / name)
     else:
         Image.fromarray(sample.read_image()).save(folder / name)
-    return {
+    truth = {}
+    if sample.label is not None:
+        truth = {"truth": f"{_file_stem(sample.id)}.truth.png"}
+        Image.fromarray(sample.read_label()).save(folder / truth["truth"])
+    return truth | {
         "id": sample.id,
         "file": name,
         "prompt_id": None,

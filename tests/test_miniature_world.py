@@ -45,6 +45,7 @@ def world(tmp_path_factory):
 PARTS = [
     ("source", "gta5", "sources", 4),
     ("web_val", "cityscapes", "validation", 2),
+    ("web", "cityscapes", "unlabelled", 2),
     *((f"targets/{name}", "cityscapes", "targets", 2) for name in TARGETS),
 ]
 
@@ -87,7 +88,8 @@ def test_gta_labels_are_palette_images_in_the_classes_colours(world):
 
 def test_web_pictures_come_with_captions(world):
     rows = [json.loads(row) for row in (world / "web" / "captions.jsonl").read_text().splitlines()]
-    assert {row["file"] for row in rows} == {path.name for path in (world / "web").glob("*.png")}
+    pictures = (world / "web").rglob("*_leftImg8bit.png")
+    assert {row["file"] for row in rows} == {str(p.relative_to(world / "web")) for p in pictures}
     assert all("photo of" in row["caption"] for row in rows)
 
 
