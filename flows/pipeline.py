@@ -6,7 +6,7 @@ legs are compared by; everything else is shared and runs once.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -35,6 +35,9 @@ class Instance:
     leg: str | None
     recipe: Any
     inputs: tuple[Input, ...]
+    idle: bool = False
+    """Nothing in the recipe uses what it makes, and it is no end in itself: it runs only by name.
+    """
 
     @property
     def stage(self) -> str:
@@ -86,11 +89,21 @@ class _Builder:
             for contract in everything:
                 if contract.rounds(self.recipe) and round_ >= contract.first_round:
                     self._add_all(contract, round_)
+        self._mark_idle()
+        used = [one.name for one in self.instances.values() if not one.idle]
         for contract in self.contracts.values():
             if contract.takes_everything:
-                inputs = tuple(Input(role="artifacts", instance=name) for name in self.instances)
+                inputs = tuple(Input(role="artifacts", instance=name) for name in used)
                 self._put(contract, None, None, inputs)
         return self.instances
+
+    def _mark_idle(self) -> None:
+        used: set[str] = set()
+        for instance in reversed(self.instances.values()):
+            if instance.contract.helper and instance.name not in used:
+                self.instances[instance.name] = replace(instance, idle=True)
+            else:
+                used.update(entry.instance for entry in instance.inputs)
 
     def _refuse_idle_overrides(self) -> None:
         """An override that nothing would look at is a mistake, not a wish to ignore."""
@@ -191,6 +204,9 @@ def select(
         from_stage: this stage's first instance and everything after it.
         until_stage: nothing after this stage's last instance.
 
+    What nothing uses (every leg trains on raw labels, say, so nobody needs refined ones) is left
+    out unless one of the three stages names it.
+
     Raises:
         ConfigError: an unknown stage, round or leg, or a combination that selects nothing.
     """
@@ -210,6 +226,7 @@ def select(
                 "--stage runs one stage alone: it does not go with --from or --until."
             )
         return _one_stage(ordered, stage, round, leg)
+    ordered = _without_idle(ordered, named={from_stage, until_stage})
     if leg is not None:
         ordered = _needed_by_leg(ordered, leg)
     names = [instance.stage for instance in ordered]
@@ -223,6 +240,15 @@ def select(
     if first >= last:
         raise ConfigError(f"--from {from_stage} --until {until_stage} selects nothing.")
     return ordered[first:last]
+
+
+def _without_idle(ordered: list[Instance], *, named: set[str | None]) -> list[Instance]:
+    """Without the instances that nothing uses; those of `named` stages stay, with their needs."""
+    wanted = {one.name for one in ordered if not one.idle or one.stage in named}
+    for instance in reversed(ordered):
+        if instance.name in wanted:
+            wanted.update(entry.instance for entry in instance.inputs)
+    return [instance for instance in ordered if instance.name in wanted]
 
 
 def _needed_by_leg(ordered: list[Instance], leg: str) -> list[Instance]:

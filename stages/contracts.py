@@ -140,6 +140,8 @@ class Contract:
     sections: tuple[str, ...] = ()
     """Config sections that `run` may read; all of them count in the key."""
     needs: tuple[Need, ...] = ()
+    helper: bool = False
+    """What it makes is only for other stages: where none of them needs it, it is not run."""
     takes_everything: bool = False
     """`run` receives `artifacts: Mapping[instance name, Path]` of all other instances of the
     recipe."""
@@ -276,6 +278,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="write_prompts",
         version=2,
         verb="stages.write_prompts",
+        helper=True,
         does="Have a language model write scene descriptions.",
         sections=("write_prompts",),
         needs=(
@@ -294,6 +297,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="synthesize",
         version=1,
         verb="stages.synthesize",
+        helper=True,
         units=_num_pictures,
         does="Paint pictures from the prompts (or collect unlabelled ones).",
         sections=("synthesize",),
@@ -310,6 +314,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="pseudo_label",
         version=1,
         verb="stages.pseudo_label",
+        helper=True,
         units=_num_pictures,
         does="Label the pictures with the teacher.",
         sections=("pseudo_label",),
@@ -322,6 +327,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="select",
         version=1,
         verb="stages.select",
+        helper=True,
         units=_num_pictures,
         does="Choose which pictures are kept, with reasons.",
         sections=("select",),
@@ -337,6 +343,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="refine",
         version=1,
         verb="stages.refine",
+        helper=True,
         units=_num_pictures,
         does="Sharpen the labels with SAM.",
         sections=("refine",),

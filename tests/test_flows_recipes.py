@@ -120,6 +120,9 @@ def test_merge_does_not_change_its_arguments():
     assert base == {"a": {"b": 1}}
 
 
+HELPERS = ("write_prompts", "synthesize", "pseudo_label@1", "select@1", "refine@1")
+
+
 def test_legs_own_what_they_change_and_share_the_rest():
     recipe = load_recipe("camvid", ["rounds.count=2"])
     names = list(build(recipe))
@@ -133,6 +136,28 @@ def test_legs_own_what_they_change_and_share_the_rest():
     assert {entry.instance for entry in refined.inputs if entry.role == "teacher"} == {
         "self_train@1#refined"
     }
+
+
+@pytest.mark.parametrize(
+    ("legs", "left_out"),
+    [
+        ("{raw: {self_train.labels: raw}}", {"refine@1"}),
+        ("{control: {self_train.labels: none}}", set(HELPERS)),
+        ("{control: {self_train.labels: none}, refined: {self_train.labels: refined}}", set()),
+    ],
+)
+def test_what_nobody_needs_is_left_out_unless_it_is_named(legs, left_out):
+    instances = build(load_recipe("tiny", [f"legs={legs}"]))
+    assert set(HELPERS) <= instances.keys()
+    chosen = {instance.name for instance in select(instances)}
+    assert instances.keys() - chosen == left_out
+    everything = {entry.instance for entry in instances["report"].inputs}
+    assert everything == chosen - {"report"}
+    (by_name,) = select(instances, stage="refine")
+    assert by_name.name == "refine@1"
+    assert [instance.name for instance in select(instances, until_stage="refine")][-5:] == [
+        *("synthesize", "evaluate@0", "pseudo_label@1", "select@1", "refine@1")
+    ]
 
 
 def test_a_stage_without_round_means_its_last():
