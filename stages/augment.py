@@ -97,6 +97,34 @@ def augment(
     return image, labels
 
 
+def mix_classes(
+    onto: tuple[np.ndarray, np.ndarray],
+    donor: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Paste half of a donor's classes onto a picture, with their labels.
+
+    ClassMix (Olsson et al. 2021, section 3.1) across domains as in DACS (Tranheden et al. 2021,
+    section 3.2): of the K classes that the donor's labels show, ceil(K / 2) are drawn, and all
+    their pixels take the place of what the picture shows there. Unlabelled pixels of the donor are
+    never pasted, those of the picture stay unlabelled where nothing is pasted.
+
+    Args:
+        onto: image uint8 [H, W, 3] and labels uint8 [H, W] of the picture.
+        donor: of the donor, the same size.
+        rng: the only source of chance.
+
+    Returns:
+        Image and labels, new arrays, and the share of pixels that were pasted.
+    """
+    labels_HW = donor[1]
+    present = np.flatnonzero(np.bincount(labels_HW.ravel(), minlength=IGNORE + 1)[:IGNORE])
+    drawn = rng.choice(present, size=(len(present) + 1) // 2, replace=False)
+    pasted_HW = np.isin(labels_HW, drawn)
+    image = np.where(pasted_HW[..., None], donor[0], onto[0])
+    return image, np.where(pasted_HW, labels_HW, onto[1]), float(pasted_HW.mean())
+
+
 def _draw_window(
     scaled: tuple[int, int], config: AugmentConfig, rng: np.random.Generator
 ) -> Window:

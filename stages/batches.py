@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from stages.augment import augment
+from stages.augment import augment, mix_classes
 from stages.config import AugmentConfig
 from stages.readers import Sample
 from stages.shards import item_seed
@@ -45,6 +45,8 @@ class Batch:
     """bool: a generated picture."""
     ids: tuple[str, ...]
     """Sample ids."""
+    weights_B: torch.Tensor
+    """float32: factor on the losses of each sample."""
     seeds: tuple[int, ...]
     """One seed per sample, from (seed, step, id), for further draws such as loss points."""
 
@@ -59,6 +61,7 @@ class Batch:
             labels_BHW=self.labels_BHW[part],
             painted_B=self.painted_B[part],
             ids=self.ids[part],
+            weights_B=self.weights_B[part],
             seeds=self.seeds[part],
         )
 
@@ -71,6 +74,8 @@ class Draw:
     augment: AugmentConfig
     focus: int | None = None
     """Train id that the sample was drawn for."""
+    donor: "Draw | None" = None
+    """A labelled sample whose classes are pasted onto this one."""
 
 
 class UniformSampler:
@@ -168,19 +173,30 @@ class Batches(Dataset):
         config = chosen[0][1].augment
         shape = (len(chosen), config.crop_height, config.crop_width)
         images, labels = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint8)
+        weights = np.empty(len(chosen), np.float32)
         for row, (number, draw) in enumerate(chosen):
-            rng = np.random.default_rng(seeds[number])
-            images[row], labels[row] = augment(
-                *self._read(draw.sample), draw.augment, rng, focus=draw.focus
-            )
+            images[row], labels[row], weights[row] = self._view(draw, seeds[number])
         return Batch(
             step=step,
             images_B3HW=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             labels_BHW=torch.from_numpy(labels),
             painted_B=torch.tensor([draw.sample.painted for _, draw in chosen]),
             ids=tuple(draw.sample.id for _, draw in chosen),
+            weights_B=torch.from_numpy(weights),
             seeds=tuple(seeds[number] for number, _ in chosen),
         )
+
+    def _view(self, draw: Draw, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Augmented image, labels and weight; a mixed view weighs as its pixels do on average."""
+        rng = np.random.default_rng(seed)
+        view = augment(*self._read(draw.sample), draw.augment, rng, focus=draw.focus)
+        if draw.donor is None:
+            return *view, draw.sample.weight
+        own = np.random.default_rng(item_seed(seed, "donor"))
+        donor = draw.donor
+        donated = augment(*self._read(donor.sample), donor.augment, own, focus=donor.focus)
+        image, labels, share = mix_classes(view, donated, own)
+        return image, labels, share * donor.sample.weight + (1 - share) * draw.sample.weight
 
     def _read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         if sample.id in self._cache:
@@ -286,6 +302,7 @@ class MixedBatches(Batches):
         painted_augment: AugmentConfig,
         seed: int,
         rare_class_sampling: float = 0.0,
+        mixing: bool = False,
     ) -> None:
         """Batches of `batch_size` samples over all ranks.
 
@@ -298,6 +315,8 @@ class MixedBatches(Batches):
             painted_augment: what happens to painted ones; the same crop size.
             seed: of order and augmentation.
             rare_class_sampling: temperature on the source; 0: uniform.
+            mixing: paste classes of a source sample onto each painted one. The donors are drawn by
+                a sampler of their own, so that a painted row is the same on any rank.
 
         Raises:
             ValueError: a kind of samples that is needed is missing, or crop sizes differ.
@@ -316,16 +335,27 @@ class MixedBatches(Batches):
         if self.share > 0:
             _require(painted, "painted")
             self.painted_sampler = UniformSampler(painted, seed=item_seed(seed, "painted"))
+        self.donors = None
+        if mixing:
+            _require(samples, "source")
+            self.donors = _sampler(
+                samples, seed=item_seed(seed, "donors"), temperature=rare_class_sampling
+            )
         self.augment, self.painted_augment = augment, painted_augment
 
     def draws(self, step: int) -> list[Draw]:
         first, last = (math.floor(n * self.batch_size * self.share) for n in (step, step + 1))
         source = range(step * self.batch_size - first, (step + 1) * self.batch_size - last)
         drawn = [self.sampler(position) for position in source]
-        painted = [self.painted_sampler(position) for position in range(first, last)]
-        return [Draw(sample, self.augment, focus) for sample, focus in drawn] + [
-            Draw(sample, self.painted_augment) for sample, _ in painted
-        ]
+        painted = [self._painted(position) for position in range(first, last)]
+        return [Draw(sample, self.augment, focus) for sample, focus in drawn] + painted
+
+    def _painted(self, position: int) -> Draw:
+        sample, _ = self.painted_sampler(position)
+        if self.donors is None:
+            return Draw(sample, self.painted_augment)
+        donor, focus = self.donors(position)
+        return Draw(sample, self.painted_augment, donor=Draw(donor, self.augment, focus))
 
 
 def _require(samples: Sequence[Sample], kind: str) -> None:

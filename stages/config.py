@@ -379,6 +379,21 @@ class PseudoLabelConfig(Section):
     """Pixels less confident than this get no label (255)."""
     flip: bool = False
     """Average with the mirrored picture."""
+    scales: tuple[float, ...] = (1.0,)
+    """Scales of the picture to average over."""
+    mode: Literal["whole", "slide"] = "whole"
+    """Whole pictures, or sliding windows."""
+    window: int = Field(512, gt=0)
+    """Side of the sliding window in pixels of the scaled picture."""
+    stride: int = Field(341, gt=0)
+    """Stride of the sliding window in pixels."""
+
+    @field_validator("scales")
+    @classmethod
+    def _real_scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"{list(scales)} must hold at least one scale, all of them above 0")
+        return scales
 
 
 class SelectConfig(Section):
@@ -481,6 +496,17 @@ class SelfTrainConfig(Section):
     """Share of painted pictures among the samples (ignored where labels is none)."""
     painted_weight: float = Field(1.0, ge=0)
     """Loss weight of painted samples."""
+    weighting: Literal["none", "confidence"] = "none"
+    """Weight of a painted picture beside `painted_weight`: 1, or the share of its pixels that the
+    teacher is sure of (DACS, DAFormer)."""
+    sure_above: float = Field(0.968, ge=0, le=1)
+    """weighting=confidence: confidence above which the teacher is sure (DAFormer's)."""
+    drop_noise: float | None = Field(None, gt=0)
+    """Leave out pixels of painted pictures whose loss under the teacher exceeds so many times their
+    class's mean (FreeMask: 1.25); None: none."""
+    mixing: Literal["none", "classmix"] = "none"
+    """classmix: half the classes of a source picture are pasted onto each painted one (ClassMix,
+    DACS)."""
     unlabelled: Literal["negative", "ignore"] = "negative"
     """Pixels without a label in painted pictures: negative for every mask (as released), or
     ignored."""

@@ -179,6 +179,12 @@ def _uses_pictures(recipe: Any, _round: int) -> bool:
     return recipe.self_train.labels != "none"
 
 
+def _weighs_evidence(recipe: Any, round_: int) -> bool:
+    section = recipe.self_train
+    weighs = section.weighting != "none" or section.drop_noise is not None
+    return weighs and _uses_pictures(recipe, round_)
+
+
 def _trains(recipe: Any, _round: int) -> bool:
     return bool(recipe.data.sources)
 
@@ -371,6 +377,7 @@ CONTRACTS: tuple[Contract, ...] = (
             _validated("self_train"),
             Need(role="pictures", stage="synthesize", when=_uses_pictures),
             Need(role="selection", stage="select", when=_uses_pictures),
+            Need(role="evidence", stage="pseudo_label", when=_weighs_evidence),
             Need(
                 role="labels",
                 stage="refine",

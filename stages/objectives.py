@@ -26,7 +26,8 @@ class SegmentationObjective:
         steps: batches in all, so that readers need not read past the end.
         device: where the segmenter is.
         workers: processes that read ahead; they change no result.
-        painted_weight: factor on all losses of painted samples.
+        painted_weight: factor on all losses of painted samples, beside their own weights.
+        weighted: whether samples have weights of their own.
         ignore_painted: leave unlabelled pixels of painted samples out of the mask losses, else
             they are negative for every mask; those of source samples are handled as
             `losses.unlabelled` says.
@@ -41,6 +42,7 @@ class SegmentationObjective:
         device: torch.device,
         workers: int = 0,
         painted_weight: float = 1.0,
+        weighted: bool = False,
         ignore_painted: bool | None = None,
     ) -> None:
         losses: LossConfig = segmenter.config.losses
@@ -50,7 +52,7 @@ class SegmentationObjective:
         self.ignore_source = losses.unlabelled == "ignore"
         self.ignore_painted = self.ignore_source if ignore_painted is None else ignore_painted
         self.batches, self.steps, self.device, self.workers = batches, steps, device, workers
-        self.painted_weight = painted_weight
+        self.painted_weight, self.weighted = painted_weight, weighted
         self._stream: Iterator[Batch] | None = None
 
     def __call__(self, model: nn.Module, step: int, share: Share) -> Iterator[Losses]:
@@ -59,7 +61,7 @@ class SegmentationObjective:
         images = batch.images_B3HW.to(self.device, non_blocking=True)
         labels = batch.labels_BHW.to(self.device, non_blocking=True)
         painted = batch.painted_B.to(self.device, non_blocking=True)
-        weights = self._weights(painted)
+        weights = self._weights(painted, batch.weights_B.to(self.device, non_blocking=True))
         ignore = self._ignore(painted)
         whole = count_batch(labels, self.num_classes) if share.passes > 1 else None
         for rows in share.passes_of(len(batch)):
@@ -85,10 +87,10 @@ class SegmentationObjective:
         assert batch.step == step, f"batch {batch.step} arrived for step {step}"
         return batch
 
-    def _weights(self, painted_B: torch.Tensor) -> torch.Tensor | None:
-        if self.painted_weight == 1.0:
+    def _weights(self, painted_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor | None:
+        if self.painted_weight == 1.0 and not self.weighted:
             return None
-        return torch.where(painted_B, self.painted_weight, 1.0)
+        return weights_B * torch.where(painted_B, self.painted_weight, 1.0)
 
     def _ignore(self, painted_B: torch.Tensor) -> torch.Tensor | None:
         if not (self.ignore_source or self.ignore_painted):

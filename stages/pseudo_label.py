@@ -2,27 +2,23 @@
 
     clouds --stage pseudo_label --round 1
 
-A pixel's label is the class with the highest score. Its confidence is that class's share of the
-scores of all classes, 0..1 (scores of a mask decoder do not add up to 1 by themselves).
+`stages/labelling.py` says what they are.
 """
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from models.checkpoints import load_segmenter
-from models.inference import label_of, predict
-from models.segmenter import Segmenter
-from stages.config import PseudoLabelConfig, StageConfig
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
-from stages.devices import Device, choose_device
+from stages.devices import choose_device
+from stages.labelling import Labeller
 from stages.labels import IGNORE
 from stages.readers import read_image, read_label
 from stages.shards import Row, read_index, write_json, write_shards
@@ -71,13 +67,13 @@ def run(
     if which == "ema" and not (teacher / "ema.safetensors").is_file():
         which = "model"
         progress.note("the teacher has no moving average: its own weights are used")
-    desk = _Desk(
+    labeller = Labeller(
         segmenter=load_segmenter(teacher, device=device.device, which=which),
         section=section,
         device=device,
         bf16=config.precision == "bf16",
-        progress=progress,
     )
+    desk = _Desk(labeller=labeller, batch_size=section.batch_size, progress=progress)
     num_shards = write_shards(
         out,
         items,
@@ -118,45 +114,22 @@ def _known(statistics: Row) -> str:
 class _Desk:
     """Labels the pictures of one shard after the other."""
 
-    segmenter: Segmenter
-    section: PseudoLabelConfig
-    device: Device
-    bf16: bool
+    labeller: Labeller
+    batch_size: int
     progress: Progress
 
     def label_shard(self, pictures: Sequence[Picture], folder: Path) -> list[Row]:
         rows = []
-        for batch in self._batches(pictures):
-            labels, confidences = self._predict([image for _, image in batch])
-            for (picture, _), label_HW, confidence_HW in zip(
-                batch, labels, confidences, strict=True
-            ):
-                row = save_label(folder, picture.id, label_HW, confidence_HW)
+        for start in range(0, len(pictures), self.batch_size):
+            batch = pictures[start : start + self.batch_size]
+            labelled = self.labeller.label([read_image(picture.path) for picture in batch])
+            for picture, found in zip(batch, labelled, strict=True):
+                row = save_label(folder, picture.id, found.label_HW, found.confidence_HW)
                 if picture.truth is not None:
-                    row["truth"] = compare(label_HW, read_label(picture.truth))
+                    row["truth"] = compare(found.label_HW, read_label(picture.truth))
                 rows.append(row)
             self.progress.advance(len(batch))
         return rows
-
-    def _batches(self, pictures: Sequence[Picture]) -> Iterator[list[tuple[Picture, np.ndarray]]]:
-        """Batches of neighbours in the shard's order; a change of size begins a new one."""
-        size = self.section.batch_size
-        for start in range(0, len(pictures), size):
-            read = [(picture, read_image(picture.path)) for picture in pictures[start:][:size]]
-            for _, same in groupby(read, key=lambda entry: entry[1].shape):
-                yield list(same)
-
-    def _predict(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Train ids uint8 and confidences uint8 (255 = 1), both [B, H, W]."""
-        images_B3HW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        scores_BKHW = predict(
-            self.segmenter,
-            images_B3HW.to(self.device.device),
-            flip=self.section.flip,
-            bf16=self.bf16,
-        )
-        confidence_BHW, label_BHW = label_of(scores_BKHW, threshold=self.section.threshold)
-        return label_BHW.cpu().numpy(), confidence_BHW.cpu().numpy()
 
 
 def save_label(

@@ -49,6 +49,8 @@ class Sample:
     """Labelled pixels per train id; None: not counted."""
     painted: bool = False
     """A generated picture rather than a data set's."""
+    weight: float = 1.0
+    """Factor on its losses."""
 
     @property
     def dataset(self) -> str:

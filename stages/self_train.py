@@ -17,6 +17,7 @@ from stages.objectives import SegmentationObjective, load_sources
 from stages.readers import Sample, load_painted
 from stages.shards import item_seed
 from stages.training import Trainer
+from stages.trust import trusted
 from stages.validation import segmenter_validation, told
 
 
@@ -32,11 +33,13 @@ def run(
     selection: Path | None = None,
     labels: Path | None = None,
     validation: Path | None = None,
+    evidence: Path | None = None,
 ) -> Summary:
     """Train on `sources` and the painted `pictures` with their `labels`, from the `teacher` on.
 
     With `self_train.labels` "none" (the control) pictures and labels are not used: as many steps
-    on the source alone. `validation` sets choose the step, where that is asked for.
+    on the source alone. `validation` sets choose the step, and the pseudo-labels' own confidences
+    (`evidence`) weigh pictures and pixels, where that is asked for.
 
     Raises:
         ValueError: samples or pictures are missing or do not pair; the teacher, the labels and the
@@ -52,7 +55,7 @@ def run(
     origin = describe_checkpoint(teacher)
     _require_classes(origin["class_names"], space, whose=f"the teacher in {teacher}")
     samples = load_sources(sources)
-    painted = _painted(section, space, pictures, labels, selection)
+    painted = _painted(section, space, pictures, labels, selection, evidence)
     seed = item_seed(config.seed, "self_train", origin["step"])
     batches = _batches(section, samples, painted, seed=seed)
 
@@ -72,6 +75,7 @@ def run(
             device=device.device,
             workers=section.data_workers,
             painted_weight=section.painted_weight,
+            weighted=section.weighting != "none",
             ignore_painted=section.unlabelled == "ignore",
         ),
         steps=section.steps,
@@ -129,6 +133,7 @@ def _painted(
     pictures: Path | None,
     labels: Path | None,
     selection: Path | None,
+    evidence: Path | None,
 ) -> list[Sample]:
     """The kept pictures with their labels; none for the control."""
     if section.labels == "none":
@@ -140,7 +145,8 @@ def _painted(
         )
     names = describe_checkpoint(labels)["class_names"]
     _require_classes(names, space, whose=f"the network that made the labels in {labels}")
-    return load_painted(pictures, labels, selection)
+    samples = load_painted(pictures, labels, selection)
+    return trusted(samples, evidence, section) if evidence is not None else samples
 
 
 def _batches(
@@ -163,6 +169,7 @@ def _batches(
         painted_augment=section.painted_augment,
         seed=seed,
         rare_class_sampling=section.rare_class_sampling,
+        mixing=section.mixing == "classmix",
     )
 
 

@@ -64,6 +64,7 @@ def same(one, other):
         and torch.equal(one.images_B3HW, other.images_B3HW)
         and torch.equal(one.labels_BHW, other.labels_BHW)
         and torch.equal(one.painted_B, other.painted_B)
+        and torch.equal(one.weights_B, other.weights_B)
     )
 
 

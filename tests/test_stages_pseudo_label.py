@@ -9,10 +9,9 @@ from PIL import Image
 
 from models.build import build_segmenter
 from models.checkpoints import load_segmenter, save_segmenter
-from models.inference import predict
+from models.inference import label_of, predict
 from stages import pseudo_label
 from stages.labels import IGNORE
-from stages.pseudo_label import label_of
 from stages.readers import read_image
 from stages.shards import read_index, shard_folders
 from tests.interruptions import Interrupted, Interrupting, digests
