@@ -61,7 +61,7 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
     yield from _missing_averages(pending)
     seen = set()
     for instance in pending:
-        for field in instance.contract.weights:
+        for field in instance.contract.weights_of(instance.recipe):
             found = _weights(instance, field)
             if found is not None and found.what not in seen:
                 seen.add(found.what)

@@ -498,7 +498,7 @@ class Engine:
             "verb": instance.contract.verb,
             "round": instance.round,
             "leg": instance.leg,
-            "sections": list(instance.contract.sections),
+            "sections": list(instance.contract.sections_of(instance.recipe)),
             "recipe": instance.recipe.model_dump(mode="json"),
             "recipe_class": f"{model.__module__}:{model.__qualname__}",
             "out": str(out.absolute()),
@@ -583,7 +583,8 @@ class _Told:
 def _config_of(instance: Instance) -> dict[str, Any]:
     recipe = instance.recipe
     return {
-        name: getattr(recipe, name).model_dump(mode="json") for name in instance.contract.sections
+        name: getattr(recipe, name).model_dump(mode="json")
+        for name in instance.contract.sections_of(recipe)
     }
 
 

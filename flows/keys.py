@@ -30,12 +30,14 @@ def ingredients(instance: Instance, inputs: Mapping[str, str], store: Store) -> 
         "version": contract.version,
         "round": instance.round,
         "seed": recipe.seed,
-        "config": {name: key_part(getattr(recipe, name)) for name in contract.sections},
+        "config": {name: key_part(getattr(recipe, name)) for name in contract.sections_of(recipe)},
         "inputs": dict(inputs),
     }
     if contract.numeric:
         found["precision"] = recipe.precision
-    weights = {field: weights_identity(recipe, field, store) for field in contract.weights}
+    weights = {
+        field: weights_identity(recipe, field, store) for field in contract.weights_of(recipe)
+    }
     if weights:
         found["weights"] = weights
     outside = {

@@ -178,7 +178,7 @@ class _Builder:
             return leg
         recipe = self.seen(round_, leg)
         sections = {key.split(".")[0] for key in self.recipe.legs[leg]}
-        if sections & {*contract.sections, *_TOUCH_ALL}:
+        if sections & {*contract.sections_of(recipe), *_TOUCH_ALL}:
             return leg
         makers = [self._maker(need, round_) for need in contract.needs if need.when(recipe, round_)]
         owned = any(self.owner(maker, at, leg) is not None for maker, at in makers)

@@ -11,7 +11,7 @@ number of reading processes change nothing.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -76,6 +76,20 @@ class Draw:
     """Train id that the sample was drawn for."""
     donor: "Draw | None" = None
     """A labelled sample whose classes are pasted onto this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fresh:
+    """A label map made while training."""
+
+    label_HW: np.ndarray
+    """uint8 train ids, 255 none, of the picture's size."""
+    weight: float = 1.0
+    """Factor on the sample's losses."""
+
+
+Labelling = Callable[[Sequence[Sample], Sequence[np.ndarray]], Sequence[Fresh]]
+"""From painted samples and their pictures to labels made on the spot."""
 
 
 class UniformSampler:
@@ -148,8 +162,8 @@ def _sampler(
 class Batches(Dataset):
     """What source and mixed batches share: reading, augmenting, streaming."""
 
-    def __init__(self, *, batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, *, batch_size: int, seed: int, labelling: Labelling | None = None) -> None:
+        self.batch_size, self.seed, self.labelling = batch_size, seed, labelling
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._cache_bytes, self._cache_limit = 0, CACHE_BYTES
 
@@ -170,12 +184,15 @@ class Batches(Dataset):
             seeds.append(item_seed(self.seed, step, draw.sample.id, times[draw.sample.id]))
             times[draw.sample.id] += 1
         chosen = chosen[rows]
+        fresh = self._fresh([draw.sample for _, draw in chosen])
         config = chosen[0][1].augment
         shape = (len(chosen), config.crop_height, config.crop_width)
         images, labels = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint8)
         weights = np.empty(len(chosen), np.float32)
         for row, (number, draw) in enumerate(chosen):
-            images[row], labels[row], weights[row] = self._view(draw, seeds[number])
+            images[row], labels[row], weights[row] = self._view(
+                draw, seeds[number], fresh.get(draw.sample.id)
+            )
         return Batch(
             step=step,
             images_B3HW=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
@@ -186,22 +203,38 @@ class Batches(Dataset):
             seeds=tuple(seeds[number] for number, _ in chosen),
         )
 
-    def _view(self, draw: Draw, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    def _fresh(self, samples: Sequence[Sample]) -> dict[str, Fresh]:
+        """Labels of the painted samples by id, where they are made while training."""
+        painted = list({sample.id: sample for sample in samples if sample.painted}.values())
+        if self.labelling is None or not painted:
+            return {}
+        found = self.labelling(painted, [self._read(sample)[0] for sample in painted])
+        return {sample.id: each for sample, each in zip(painted, found, strict=True)}
+
+    def _view(
+        self, draw: Draw, seed: int, fresh: Fresh | None
+    ) -> tuple[np.ndarray, np.ndarray, float]:
         """Augmented image, labels and weight; a mixed view weighs as its pixels do on average."""
         rng = np.random.default_rng(seed)
-        view = augment(*self._read(draw.sample), draw.augment, rng, focus=draw.focus)
+        image, labels = self._read(draw.sample)
+        weight = draw.sample.weight
+        if fresh is not None:
+            labels, weight = fresh.label_HW, fresh.weight
+        view = augment(image, labels, draw.augment, rng, focus=draw.focus)
         if draw.donor is None:
-            return *view, draw.sample.weight
+            return *view, weight
         own = np.random.default_rng(item_seed(seed, "donor"))
         donor = draw.donor
         donated = augment(*self._read(donor.sample), donor.augment, own, focus=donor.focus)
         image, labels, share = mix_classes(view, donated, own)
-        return image, labels, share * donor.sample.weight + (1 - share) * draw.sample.weight
+        return image, labels, share * donor.sample.weight + (1 - share) * weight
 
     def _read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         if sample.id in self._cache:
             return self._cache[sample.id]
-        image, labels = sample.read_image(), sample.read_label()
+        image = sample.read_image()
+        made_here = sample.painted and self.labelling is not None
+        labels = np.empty((0, 0), np.uint8) if made_here else sample.read_label()
         if self._cache_bytes + image.nbytes + labels.nbytes <= self._cache_limit:
             self._cache[sample.id] = image, labels
             self._cache_bytes += image.nbytes + labels.nbytes
@@ -210,7 +243,12 @@ class Batches(Dataset):
     def stream(
         self, start: int, stop: int, *, workers: int = 0, rows: slice = slice(None)
     ) -> Iterator[Batch]:
-        """Batches number `start` to `stop` - 1, read ahead by processes where `workers` > 0."""
+        """Batches number `start` to `stop` - 1, read ahead by processes where `workers` > 0.
+
+        Labels that are made while training can only be made in this process, as the batch is asked
+        for: with the weights of that moment.
+        """
+        assert not (workers and self.labelling), "labels made in training cannot be read ahead"
         if workers == 0:
             for step in range(start, stop):
                 yield self.batch(step, rows)
@@ -303,6 +341,7 @@ class MixedBatches(Batches):
         seed: int,
         rare_class_sampling: float = 0.0,
         mixing: bool = False,
+        labelling: Labelling | None = None,
     ) -> None:
         """Batches of `batch_size` samples over all ranks.
 
@@ -317,11 +356,12 @@ class MixedBatches(Batches):
             rare_class_sampling: temperature on the source; 0: uniform.
             mixing: paste classes of a source sample onto each painted one. The donors are drawn by
                 a sampler of their own, so that a painted row is the same on any rank.
+            labelling: makes the labels of painted samples; None: they are read.
 
         Raises:
             ValueError: a kind of samples that is needed is missing, or crop sizes differ.
         """
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size=batch_size, seed=seed, labelling=labelling)
         self.share = Fraction(painted_share).limit_denominator(10**6)
         crops = [(config.crop_height, config.crop_width) for config in (augment, painted_augment)]
         if crops[0] != crops[1]:

@@ -488,6 +488,9 @@ class SelfTrainConfig(Section):
 
     labels: Literal["refined", "raw", "none"] = "refined"
     """Labels of the painted pictures; none: source only (the control)."""
+    mode: Literal["offline", "online"] = "offline"
+    """offline: labels of the stages before, made once a round; online: made anew in every step by
+    the average of the student, and SAM (the paper's way; `pseudo_label` and `refine` say how)."""
     steps: int = Field(40_000, gt=0)
     """Updates."""
     batch_size: int = Field(8, gt=0)
@@ -535,6 +538,22 @@ class SelfTrainConfig(Section):
     @model_validator(mode="after")
     def _average_to_judge(self) -> Self:
         return _with_average(self, "self_train")
+
+    @model_validator(mode="after")
+    def _what_online_needs(self) -> Self:
+        if self.mode == "offline" or self.labels == "none":
+            return self
+        problems = {
+            "ema is null, but the average is the teacher: set self_train.ema": self.ema is None,
+            "data_workers read ahead, before the teacher of that step exists: set "
+            "self_train.data_workers=0": self.data_workers > 0,
+            "drop_noise needs the mean losses of labels that were made before: set "
+            "self_train.drop_noise=null": self.drop_noise is not None,
+        }
+        for problem, occurs in problems.items():
+            if occurs:
+                raise ValueError(f"self_train.mode=online: {problem}, or mode=offline")
+        return self
 
     @model_validator(mode="after")
     def _one_crop(self) -> Self:

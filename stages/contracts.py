@@ -150,6 +150,10 @@ class Contract:
     first_round: int = 1
     legs: bool = False
     """Whether recipes with legs compare this stage leg by leg."""
+    also_reads: Callable[[Any], tuple[str, ...]] = lambda recipe: ()
+    """Sections that `run` may read besides, under this recipe."""
+    also_loads: Callable[[Any], tuple[str, ...]] = lambda recipe: ()
+    """Fields as in `weights` that count besides, under this recipe."""
     numeric: bool = False
     """Whether `precision` counts in the key."""
     weights: tuple[str, ...] = ()
@@ -161,6 +165,14 @@ class Contract:
     """Units of work that the recipe asks for (steps, pictures), for estimates."""
     exists: Callable[[Any], bool] = lambda recipe: True
     """Whether the recipe has this stage at all."""
+
+    def sections_of(self, recipe: Any) -> tuple[str, ...]:
+        """All sections that `run` may read under this recipe."""
+        return self.sections + self.also_reads(recipe)
+
+    def weights_of(self, recipe: Any) -> tuple[str, ...]:
+        """All fields that name weights which `run` loads under this recipe."""
+        return self.weights + self.also_loads(recipe)
 
 
 def _paints(recipe: Any, _round: int) -> bool:
@@ -179,10 +191,28 @@ def _uses_pictures(recipe: Any, _round: int) -> bool:
     return recipe.self_train.labels != "none"
 
 
+def _labels_online(recipe: Any) -> bool:
+    return recipe.self_train.mode == "online" and recipe.self_train.labels != "none"
+
+
+def _refines_online(recipe: Any) -> bool:
+    return _labels_online(recipe) and recipe.self_train.labels == "refined"
+
+
+def _online_sections(recipe: Any) -> tuple[str, ...]:
+    refine = ("refine",) if _refines_online(recipe) else ()
+    return ("pseudo_label", *refine) if _labels_online(recipe) else ()
+
+
+def _uses_labels(recipe: Any, round_: int) -> bool:
+    """Whether labels come from stages rather than being made in training."""
+    return _uses_pictures(recipe, round_) and not _labels_online(recipe)
+
+
 def _weighs_evidence(recipe: Any, round_: int) -> bool:
     section = recipe.self_train
     weighs = section.weighting != "none" or section.drop_noise is not None
-    return weighs and _uses_pictures(recipe, round_)
+    return weighs and _uses_labels(recipe, round_)
 
 
 def _trains(recipe: Any, _round: int) -> bool:
@@ -370,23 +400,29 @@ CONTRACTS: tuple[Contract, ...] = (
         units=lambda recipe: recipe.self_train.steps,
         does="Train on source and painted pictures together.",
         sections=("self_train",),
+        also_reads=_online_sections,
+        also_loads=lambda recipe: ("refine.weights",) if _refines_online(recipe) else (),
         needs=(
             _SOURCES,
             _LABELSPACE,
             _TEACHER,
             _validated("self_train"),
             Need(role="pictures", stage="synthesize", when=_uses_pictures),
-            Need(role="selection", stage="select", when=_uses_pictures),
+            Need(role="selection", stage="select", when=_uses_labels),
             Need(role="evidence", stage="pseudo_label", when=_weighs_evidence),
             Need(
                 role="labels",
                 stage="refine",
-                when=lambda recipe, _round: recipe.self_train.labels == "refined",
+                when=lambda recipe, round_: (
+                    recipe.self_train.labels == "refined" and _uses_labels(recipe, round_)
+                ),
             ),
             Need(
                 role="labels",
                 stage="pseudo_label",
-                when=lambda recipe, _round: recipe.self_train.labels == "raw",
+                when=lambda recipe, round_: (
+                    recipe.self_train.labels == "raw" and _uses_labels(recipe, round_)
+                ),
             ),
         ),
         rounds=lambda recipe: True,

@@ -128,13 +128,16 @@ def _sample(row: dict[str, Any], root: Path, id_map: IdMap | None) -> Sample:
     )
 
 
-def load_painted(pictures: Path, labels: Path, selection: Path | None = None) -> list[Sample]:
+def load_painted(
+    pictures: Path, labels: Path | None, selection: Path | None = None
+) -> list[Sample]:
     """Painted pictures paired with their labels, in the pictures' order.
 
     Args:
         pictures: the `synthesize` artifact.
-        labels: the `pseudo_label` or `refine` artifact.
-        selection: the `select` artifact; only what it keeps is taken. None: everything.
+        labels: the `pseudo_label` or `refine` artifact; None: samples without labels.
+        selection: the `select` artifact; only what it keeps is taken. None: everything but the
+            spare pictures, which only a selection asks for.
 
     Raises:
         ValueError: a kept picture has no label, or nothing is kept.
@@ -143,16 +146,18 @@ def load_painted(pictures: Path, labels: Path, selection: Path | None = None) ->
     if selection is not None:
         rows = read_jsonl(selection / "selection.jsonl")
         kept = {row["id"] for row in rows if row["kept"]}
-    files = {row["id"]: row["folder"] / row["label"] for row in read_index(labels)}
+    files = {}
+    if labels is not None:
+        files = {row["id"]: row["folder"] / row["label"] for row in read_index(labels)}
     samples, missing, num_pictures = [], [], 0
     for row in read_index(pictures):
         num_pictures += 1
-        if kept is not None and row["id"] not in kept:
+        if row["id"] not in kept if kept is not None else row.get("spare", False):
             continue
-        if row["id"] not in files:
+        if labels is not None and row["id"] not in files:
             missing.append(row["id"])
             continue
-        samples.append(_painted_sample(row, files[row["id"]]))
+        samples.append(_painted_sample(row, files.get(row["id"])))
     if missing:
         raise ValueError(
             f"{len(missing)} of {num_pictures} pictures in {pictures} have no label in {labels} "
@@ -166,7 +171,7 @@ def load_painted(pictures: Path, labels: Path, selection: Path | None = None) ->
     return samples
 
 
-def _painted_sample(row: dict[str, Any], label: Path) -> Sample:
+def _painted_sample(row: dict[str, Any], label: Path | None) -> Sample:
     path = row["folder"] / row["file"]
     height, width = image_size(path)
     return Sample(

@@ -19,14 +19,13 @@ import numpy as np
 from PIL import Image
 
 from models.masks import classes_of
-from models.refiner import build_refiner
 from stages.config import RefineConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device
-from stages.labels import IGNORE, load_labelspace
+from stages.labels import IGNORE
 from stages.readers import read_image, read_label
-from stages.refinement import CITYSCAPES_ONLY, NEEDS_CONFIDENCE, Outcome, Refinement, Subject
-from stages.shards import Row, item_seed, read_index, read_jsonl, write_json, write_shards
+from stages.refinement import Outcome, Refinement, Subject, load_refinement
+from stages.shards import Row, read_index, read_jsonl, write_json, write_shards
 from stages.truth import compare, percent, quality
 
 
@@ -67,15 +66,7 @@ def run(
     """
     section = config.refine
     jobs = pair(pictures, labels, selection)
-    _check_classes(section, labels)
-    device = choose_device(config)
-    refiner = build_refiner(section.model, section.weights, device=device.device, seed=config.seed)
-    refinement = Refinement(
-        refiner=refiner,
-        section=section,
-        seed=item_seed(config.seed, "refine"),
-        bf16=config.precision == "bf16",
-    )
+    refinement = load_refinement(config, _class_names(labels), device=choose_device(config))
     bench = _Bench(refinement=refinement, section=section, progress=progress)
     num_shards = write_shards(
         out,
@@ -85,23 +76,15 @@ def run(
         progress=progress,
         unit="pictures",
     )
-    statistics = sum_up(read_rows(out), untrained=refiner.untrained)
+    statistics = sum_up(read_rows(out), untrained=refinement.refiner.untrained)
     write_json(out / "statistics.json", statistics)
     shutil.copyfile(labels / "checkpoint.json", out / "checkpoint.json")
     return _summary(statistics, num_shards)
 
 
-def _check_classes(section: RefineConfig, labels: Path) -> None:
-    """Refuse a rule made for Cityscapes' classes where the labels have others."""
-    if section.rule not in CITYSCAPES_ONLY:
-        return
+def _class_names(labels: Path) -> list[str]:
     card = json.loads((labels / "checkpoint.json").read_text(encoding="utf-8"))
-    names = tuple(card.get("class_names", ()))
-    if names != load_labelspace("cityscapes19").names:
-        raise ValueError(
-            f"refine.rule={section.rule} is defined for Cityscapes' 19 classes; these labels have "
-            f"{len(names)}: {', '.join(names)}. Use released, agreement or majority."
-        )
+    return card.get("class_names", [])
 
 
 def pair(pictures: Path, labels: Path, selection: Path) -> list[Job]:
@@ -164,7 +147,7 @@ class _Bench:
     def _read(self, job: Job) -> Subject:
         image = read_image(job.picture)
         confidence_HW = None
-        if self.section.rule in NEEDS_CONFIDENCE:
+        if self.refinement.needs_confidence:
             confidence_HW = _read_map(job, job.confidence, image).astype(np.float32) / 255
         return Subject(
             id=job.id,

@@ -23,9 +23,10 @@ from models.published_rules import (
     thing_prompts,
 )
 from models.refine_rules import Agreement, agreement_rule, prompted_components
-from models.refiner import Masks, Prompts, Refiner, point_prompts
-from stages.config import RefineConfig
-from stages.labels import IGNORE
+from models.refiner import Masks, Prompts, Refiner, build_refiner, point_prompts
+from stages.config import RefineConfig, StageConfig
+from stages.devices import Device
+from stages.labels import IGNORE, load_labelspace
 from stages.shards import item_seed
 
 CITYSCAPES_ONLY = frozenset({"guided", "stuff_things"})
@@ -68,6 +69,11 @@ class Refinement:
     section: RefineConfig
     seed: int
     bf16: bool
+
+    @property
+    def needs_confidence(self) -> bool:
+        """Whether subjects must come with confidences."""
+        return self.section.rule in NEEDS_CONFIDENCE
 
     def refine(self, subjects: Sequence[Subject]) -> list[Outcome]:
         """Refine a batch of pictures."""
@@ -228,6 +234,37 @@ class Refinement:
 
 
 _NOTHING = point_prompts([])
+
+
+def load_refinement(
+    config: StageConfig, class_names: Sequence[str], *, device: Device
+) -> Refinement:
+    """The recipe's rule with its SAM, for labels of these classes.
+
+    Args:
+        config: section `refine`.
+        class_names: of the labels.
+        device: where SAM runs.
+
+    Raises:
+        FileNotFoundError: SAM's weights are not there.
+        ValueError: they do not fit, or the rule is for other classes.
+    """
+    section = config.refine
+    names = tuple(class_names)
+    if section.rule in CITYSCAPES_ONLY and names != load_labelspace("cityscapes19").names:
+        raise ValueError(
+            f"refine.rule={section.rule} is defined for Cityscapes' 19 classes; these labels have "
+            f"{len(names)}: {', '.join(names)}. Use released, agreement or majority."
+        )
+    return Refinement(
+        refiner=build_refiner(
+            section.model, section.weights, device=device.device, seed=config.seed
+        ),
+        section=section,
+        seed=item_seed(config.seed, "refine"),
+        bf16=config.precision == "bf16",
+    )
 
 
 def _box(component: Component) -> tuple[int, int, int, int]:

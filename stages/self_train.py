@@ -8,12 +8,13 @@ from pathlib import Path
 from models.checkpoints import describe_checkpoint, load_segmenter, save_segmenter
 from models.ema import Ema
 from models.segmenter import Segmenter
-from stages.batches import Batches, MixedBatches, SourceBatches
+from stages.batches import Batches, Labelling, MixedBatches, SourceBatches
 from stages.config import SelfTrainConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device
 from stages.labels import LabelSpace, read_labelspace
 from stages.objectives import SegmentationObjective, load_sources
+from stages.online import OnlineTeacher
 from stages.readers import Sample, load_painted
 from stages.shards import item_seed
 from stages.training import Trainer
@@ -38,8 +39,9 @@ def run(
     """Train on `sources` and the painted `pictures` with their `labels`, from the `teacher` on.
 
     With `self_train.labels` "none" (the control) pictures and labels are not used: as many steps
-    on the source alone. `validation` sets choose the step, and the pseudo-labels' own confidences
-    (`evidence`) weigh pictures and pixels, where that is asked for.
+    on the source alone. With `self_train.mode` "online" labels are made in training instead of
+    being read (`stages/online.py`). `validation` sets choose the step, and the pseudo-labels' own
+    confidences (`evidence`) weigh pictures and pixels, where that is asked for.
 
     Raises:
         ValueError: samples or pictures are missing or do not pair; the teacher, the labels and the
@@ -57,11 +59,16 @@ def run(
     samples = load_sources(sources)
     painted = _painted(section, space, pictures, labels, selection, evidence)
     seed = item_seed(config.seed, "self_train", origin["step"])
-    batches = _batches(section, samples, painted, seed=seed)
 
     # 2. The student, and the average that will teach the next round.
     student = _student(section, teacher, progress).to(device.device).train()
     ema = Ema(student, section.ema.decay, section.ema.every) if section.ema else None
+    labelling = None
+    if section.mode == "online" and painted:
+        labelling = OnlineTeacher(config, student, ema, device=device)
+        if labelling.refinement and labelling.refinement.refiner.untrained:
+            progress.note("SAM has seeded random weights: its masks mean nothing")
+    batches = _batches(section, samples, painted, seed=seed, labelling=labelling)
     chooser = segmenter_validation(section.validation, validation, student, ema=ema, device=device)
 
     # 3. Train.
@@ -101,7 +108,7 @@ def run(
             ema=ema.state_dict() if ema else None,
             extra={"validation": chooser.to_json()} if chooser else None,
         )
-    with_painted = f" and {len(painted)} painted ({section.labels} labels)" if painted else ""
+    with_painted = _told_of(section, len(painted))
     kept, kept_numbers = told(chooser)
     return Summary(
         text=f"{section.steps} steps on {len(samples)} source samples{with_painted}, "
@@ -115,6 +122,13 @@ def run(
             **kept_numbers,
         },
     )
+
+
+def _told_of(section: SelfTrainConfig, num_painted: int) -> str:
+    if not num_painted:
+        return ""
+    online = ", made online" if section.mode == "online" else ""
+    return f" and {num_painted} painted ({section.labels} labels{online})"
 
 
 def _require_classes(names: list[str], space: LabelSpace, *, whose: str) -> None:
@@ -135,9 +149,11 @@ def _painted(
     selection: Path | None,
     evidence: Path | None,
 ) -> list[Sample]:
-    """The kept pictures with their labels; none for the control."""
+    """The kept pictures with their labels (online: all, without labels); none for the control."""
     if section.labels == "none":
         return []
+    if section.mode == "online" and pictures is not None:
+        return load_painted(pictures, None)
     if pictures is None or labels is None:
         raise ValueError(
             f"self_train.labels={section.labels} needs pictures and their labels; run the stages "
@@ -150,7 +166,12 @@ def _painted(
 
 
 def _batches(
-    section: SelfTrainConfig, samples: list[Sample], painted: list[Sample], *, seed: int
+    section: SelfTrainConfig,
+    samples: list[Sample],
+    painted: list[Sample],
+    *,
+    seed: int,
+    labelling: Labelling | None,
 ) -> Batches:
     if section.labels == "none":
         return SourceBatches(
@@ -170,6 +191,7 @@ def _batches(
         seed=seed,
         rare_class_sampling=section.rare_class_sampling,
         mixing=section.mixing == "classmix",
+        labelling=labelling,
     )
 
 

@@ -63,7 +63,7 @@ def tiny_recipe(**sections) -> Recipe:
 def stage_config(recipe: Recipe, stage: str, *, round: int = 0) -> StageConfig:
     """What the engine hands to a stage."""
     contract = next(contract for contract in CONTRACTS if contract.name == stage)
-    return StageConfig(recipe, stage=stage, sections=contract.sections, round=round)
+    return StageConfig(recipe, stage=stage, sections=contract.sections_of(recipe), round=round)
 
 
 def street(seed: int) -> tuple[np.ndarray, np.ndarray]:
