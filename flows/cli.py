@@ -488,6 +488,16 @@ _VERBS: dict[str, tuple[str, _Options, _Do]] = {
         lambda parser: (_store_options(parser), use.predict_options(parser)),
         use.predict,
     ),
+    "export": (
+        "Write a trained model as ONNX, checked against the original.",
+        lambda parser: (_store_options(parser), use.export_options(parser)),
+        use.export,
+    ),
+    "features": (
+        "Draw what models see: dense features by class and domain (t-SNE).",
+        lambda parser: (_store_options(parser), use.features_options(parser)),
+        use.features,
+    ),
     "recipes": ("List the shipped recipes.", _no_options, _recipes),
     "config": ("Show, validate or describe a recipe's settings.", _config_options, _config),
 }

@@ -1,4 +1,7 @@
-"""Commands for a trained model: predict. What they do is in `stages`, imported when run."""
+"""Commands for trained models: predict, export, features.
+
+What they do is in `stages`, imported when it runs.
+"""
 
 import argparse
 import importlib
@@ -13,7 +16,7 @@ from flows.inspection import locate
 from flows.recipes import ConfigError
 from flows.store import LATEST, Store, StoreError
 from stages.contracts import Summary
-from stages.use_config import PredictConfig
+from stages.use_config import ExportConfig, FeatureMapConfig, PredictConfig
 
 EXIT_OK, EXIT_FAILED = 0, 1
 _MODEL_STAGES = ("train_source", "self_train")
@@ -88,6 +91,120 @@ def predict(arguments: argparse.Namespace) -> int:
     )
     console.say(f"{summary.text}  [{console.place(arguments.out)}]")
     return EXIT_FAILED if summary.numbers["failed"] else EXIT_OK
+
+
+def export_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `clouds export`; their defaults are `ExportConfig`'s."""
+    parser.add_argument("--to", choices=("onnx",), default="onnx", help="the form (onnx)")
+    model_options(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.onnx", help="where to")
+    parser.add_argument(
+        "--size", type=_size, metavar="HEIGHTxWIDTH", help="of the images (default 512x1024)"
+    )
+    parser.add_argument(
+        "--batch", type=_batch, metavar="N|any", help="images at once (default 1)", default=1
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (default 20)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, times, width = text.lower().partition("x")
+    if not (times and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512x1024 (height x width)")
+    return int(height), int(width)
+
+
+def _batch(text: str) -> int | None:
+    if text != "any" and not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor `any`")
+    return None if text == "any" else int(text)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Export a model as ONNX and hold the file against torch."""
+    if arguments.size:
+        arguments.height, arguments.width = arguments.size
+    config = _config(ExportConfig, arguments).model_copy(update={"batch": arguments.batch})
+    model = find_model(Store(Path(arguments.artifacts)), arguments.model)
+    summary = _work(
+        "stages.export",
+        "export",
+        config=config,
+        model=model,
+        out=arguments.out,
+        labels=arguments.labels or labelspace_of(model),
+    )
+    console.say(f"{summary.text}  [{console.place(arguments.out)}]")
+    return EXIT_OK
+
+
+def features_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `clouds features`; their defaults are `FeatureMapConfig`'s."""
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        required=True,
+        type=_named_model,
+        metavar="NAME=KEY|FOLDER|latest",
+        help="title of a panel and its model (repeat for more panels)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="KEY|FOLDER",
+        help="the `prepare` artifact with the pictures (default: the first model's own)",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to")
+    parser.add_argument("--weights", choices=("model", "ema"), help="which of their weights")
+    parser.add_argument(
+        "--level", type=int, metavar="PX", help="stride of the map: 4, 8, 16 (default), 32"
+    )
+    parser.add_argument("--pictures", type=int, metavar="N", help="per data set (default 20)")
+    parser.add_argument(
+        "--points", type=int, metavar="N", help="per class and data set (default 40)"
+    )
+    parser.add_argument("--perplexity", type=float, metavar="P", help="of t-SNE (default 30)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of pixels and layout (default 0)")
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:N"
+    )
+
+
+def _named_model(text: str) -> tuple[str, str]:
+    name, equals, what = text.partition("=")
+    if not (name and equals and what):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a title and a model, frozen=latest")
+    return name, what
+
+
+def features(arguments: argparse.Namespace) -> int:
+    """Draw the features of several models side by side."""
+    store = Store(Path(arguments.artifacts))
+    models = {name: find_model(store, what) for name, what in arguments.models}
+    summary = _work(
+        "stages.feature_map",
+        "features",
+        config=_config(FeatureMapConfig, arguments),
+        models=models,
+        prepared=_prepared(store, arguments.data, next(iter(models.values()))),
+        out=arguments.out,
+        device=arguments.device,
+    )
+    console.say(f"{summary.text}  [{console.place(arguments.out)}]")
+    return EXIT_OK
+
+
+def _prepared(store: Store, what: str | None, model: Path) -> Path:
+    """The folder of the `prepare` artifact that is named, or that a model was trained with."""
+    if what is not None:
+        return Path(what) if Path(what).is_dir() else locate(store, what)[0]
+    part = labelspace_of(model)
+    if part is None:
+        raise ConfigError(
+            f"the data that {console.place(model)} was trained with is not in its store: name a "
+            "`prepare` artifact with --data."
+        )
+    return part.parent
 
 
 def find_model(store: Store, what: str) -> Path:

@@ -1,6 +1,6 @@
 """A picture of what encoders see: dense features by class and domain, laid out by t-SNE.
 
-    draw_feature_map(out, models={"frozen": ..., "tuned": ...}, parts=[prepared / "targets"], ...)
+    clouds features --model frozen=KEY --model tuned=KEY --out features
 
 The same pixels are taken for every model, so that panels can be compared. Beside the picture stand
 silhouettes of the features themselves (not of the layout): by class they should be high, by domain
@@ -17,7 +17,7 @@ import torch
 
 from models.checkpoints import load_segmenter
 from models.segmenter import Segmenter
-from stages.contracts import Progress
+from stages.contracts import Progress, Summary
 from stages.devices import device_for
 from stages.feature_panels import Panel, draw_png, draw_svg
 from stages.labels import IGNORE, LabelSpace, read_labelspace
@@ -37,6 +37,35 @@ class PixelPlace:
     train_id: int
     y_px: int
     x_px: int
+
+
+def run(
+    config: FeatureMapConfig,
+    *,
+    models: Mapping[str, Path],
+    prepared: Path,
+    out: Path,
+    progress: Progress,
+    device: str = "auto",
+) -> Summary:
+    """Draw the features of all labelled sets of a `prepare` artifact; see `draw_feature_map`."""
+    parts = [prepared / name for name in ("sources", "targets")]
+    result = draw_feature_map(
+        out,
+        models=models,
+        parts=[part for part in parts if (part / "roots.json").is_file()],
+        labelspace=prepared / "labelspace",
+        progress=progress,
+        config=config,
+        device=device,
+    )
+    told = [
+        f"{name}: by class {_number(entry['silhouette_class'])}, by domain "
+        f"{_number(entry['silhouette_domain'])}"
+        for name, entry in result["models"].items()
+    ]
+    points, domains = len(result["points"]), len(result["domains"])
+    return Summary(text=f"{points} points of {domains} data sets; silhouettes of {'; '.join(told)}")
 
 
 def draw_feature_map(

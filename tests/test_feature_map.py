@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flows.cli import main
 from models.checkpoints import load_segmenter
 from stages.feature_map import draw_feature_map, features_at, inside, pick_places, silhouette
 from stages.labels import read_labelspace
@@ -29,12 +30,11 @@ def _one_thread():
 def world(tmp_path_factory):
     """Two models and two parts with labels."""
     root = tmp_path_factory.mktemp("features")
-    write_labelspace(root / "space")
+    write_labelspace(root / "labelspace")
     write_sources(root / "sources", data=root / "data")
     write_sources(root / "targets", data=root / "other")
-    for name in ("streets.jsonl",):
-        text = (root / "targets" / name).read_text().replace("streets/", "rain/")
-        (root / "targets" / "rain.jsonl").write_text(text)
+    index = (root / "targets" / "streets.jsonl").read_text()
+    (root / "targets" / "rain.jsonl").write_text(index.replace("streets/", "rain/"))
     (root / "targets" / "streets.json").rename(root / "targets" / "rain.json")
     (root / "targets" / "roots.json").write_text(json.dumps({"rain": str(root / "other")}))
     save_checkpoint(root / "frozen")
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 
 def test_points_lie_inside_their_class_and_are_spread_over_the_pictures(world):
-    space = read_labelspace(world / "space")
+    space = read_labelspace(world / "labelspace")
     samples = load_index(world / "sources")
     config = FeatureMapConfig(pictures=4, points=10, level=8)
     places = pick_places(samples, space, config)
@@ -68,7 +68,7 @@ def test_inside_removes_what_is_near_another_class():
 
 def test_features_are_the_encoders_at_the_pixel(world):
     segmenter = load_segmenter(world / "frozen")
-    space = read_labelspace(world / "space")
+    space = read_labelspace(world / "labelspace")
     places = pick_places(load_index(world / "sources"), space, FeatureMapConfig(pictures=2))
     found = features_at(segmenter, places, 8, Told())
     place = places[7]
@@ -94,7 +94,7 @@ def test_the_picture_has_a_panel_per_model_and_a_mark_per_point(world, tmp_path)
         tmp_path / "map",
         models={"frozen <CLIP>": world / "frozen", "tuned": world / "tuned"},
         parts=[world / "sources", world / "targets"],
-        labelspace=world / "space",
+        labelspace=world / "labelspace",
         progress=told,
         config=FeatureMapConfig(pictures=3, points=6, level=8, perplexity=5),
         device="cpu",
@@ -116,6 +116,19 @@ def test_the_picture_has_a_panel_per_model_and_a_mark_per_point(world, tmp_path)
     assert set(CLASSES.values()) <= seen
 
 
+def test_the_command_draws_models_of_a_prepared_folder(world, tmp_path, capsys):
+    models = [f"{name}={world / name}" for name in ("frozen", "tuned")]
+    words = ["features", "--model", models[0], "--model", models[1], "--out", str(tmp_path / "map")]
+    small = ["--pictures", "2", "--points", "4", "--level", "8", "--device", "cpu"]
+    assert main([*words, *small, "--data", str(world)]) == 0
+    assert "frozen: by class" in capsys.readouterr().out
+    assert (tmp_path / "map" / "features.svg").is_file()
+    assert main([*words, *small]) == 2
+    assert "--data" in capsys.readouterr().err
+    assert main([*words, "--level", "7", "--data", str(world)]) == 2
+    assert "--level" in capsys.readouterr().err
+
+
 def test_a_model_of_other_classes_is_refused(world, tmp_path):
     save_checkpoint(tmp_path / "other", names=("a", "b"))
     with pytest.raises(ValueError, match="tells apart a, b"):
@@ -123,7 +136,7 @@ def test_a_model_of_other_classes_is_refused(world, tmp_path):
             tmp_path / "map",
             models={"other": tmp_path / "other"},
             parts=[world / "sources"],
-            labelspace=world / "space",
+            labelspace=world / "labelspace",
             progress=Told(),
             device="cpu",
         )
