@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.verb == "ship":
             networks = [arguments.network] if arguments.network else NETWORKS
-            return ship(engine, Path(arguments.into), networks)
+            return ship(engine, Path(arguments.into), networks, below_gate=arguments.below_gate)
         with console.Console() as listener:
             run(
                 engine,
@@ -139,8 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def ship(engine: Engine, into: Path, networks: Sequence[str]) -> int:
+def ship(
+    engine: Engine, into: Path, networks: Sequence[str], *, below_gate: str | None = None
+) -> int:
     """Copy the networks that passed their gates, with cards; 1 if any did not.
+
+    Args:
+        engine: of the pre-trainings.
+        into: one folder per network goes here.
+        networks: which.
+        below_gate: why a network ships that did not pass; its card says so.
 
     Raises:
         MissingNeedError: one was not trained or measured under these settings.
@@ -149,7 +157,7 @@ def ship(engine: Engine, into: Path, networks: Sequence[str]) -> int:
     for name in networks:
         measured = engine.artifact_of(f"measure_{name}").folder / "gates.json"
         gates = json.loads(measured.read_text(encoding="utf-8"))[name]
-        if not gates["passed"]:
+        if not gates["passed"] and below_gate is None:
             console.say(f"{name}: not shipped, its gate was not passed (see {measured})")
             continue
         artifact = engine.artifact_of(f"pretrain_{name}")
@@ -159,7 +167,7 @@ def ship(engine: Engine, into: Path, networks: Sequence[str]) -> int:
         for path in sorted(artifact.folder.iterdir()):
             if path.is_file() and path.name != "manifest.json":
                 shutil.copyfile(path, folder / path.name)
-        write_card(folder, name, manifest=artifact.manifest, gates=gates)
+        write_card(folder, name, manifest=artifact.manifest, gates=gates, below_gate=below_gate)
         console.say(f"{name}: shipped to {folder}")
         shipped += 1
     return int(shipped < len(networks))
@@ -184,6 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
     parser.add_argument("--network", choices=NETWORKS, help="ship this one alone")
+    parser.add_argument(
+        "--below-gate", metavar="REASON", help="ship even what did not pass; the card says why"
+    )
     parser.add_argument("--into", default=str(MINIATURE_DIR), metavar="DIR", help="where to ship")
     return parser
 

@@ -76,6 +76,7 @@ def write_card(
     *,
     manifest: Mapping[str, Any],
     gates: Mapping[str, Any],
+    below_gate: str | None = None,
 ) -> None:
     """Write `README.md` for a folder with weights.
 
@@ -84,6 +85,7 @@ def write_card(
         network: "clip", "sam" or "writer".
         manifest: of the artifact it comes from.
         gates: the network's part of `gates.json`.
+        below_gate: why it ships although it did not pass.
     """
     numbers = manifest["summary"]["numbers"]
     section = manifest["config"][manifest["stage"]]
@@ -95,7 +97,7 @@ def write_card(
         "Precision": f"{manifest['precision']} autocast; shipped as fp16",
         "Settings": ", ".join(f"{key} {value}" for key, value in section.items()),
         "Code": manifest.get("git_revision") or "unknown",
-        "Gate": "passed" if gates["passed"] else "NOT passed",
+        "Gate": "passed" if gates["passed"] else f"NOT passed: {below_gate}",
     }
     table = [f"| {name} | {value} |" for name, value in facts.items()]
     quality = _QUALITY[network](gates)
