@@ -13,16 +13,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows import console, submission, use
+from flows import console, submission, use, verbs
 from flows.engine import Engine, MissingNeedError, StageError
+from flows.options import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    EXIT_WOULD_RUN,
+    recipe_options,
+    selection_options,
+    store_options,
+)
 from flows.pipeline import Instance, select
 from flows.recipes import ConfigError, load_recipe, nearest
 from flows.store import Store, StoreError
-from stages.contracts import STAGE_NAMES
 from stages.launch import be_patient
-
-DEFAULT_RECIPE = "miniature"
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_WOULD_RUN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 _EPILOG = """\
 examples:
@@ -118,52 +124,10 @@ class _Version(argparse.Action):
 # Options
 
 
-def _store_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--artifacts",
-        default=os.environ.get("CLOUDS_ARTIFACTS", "artifacts"),
-        metavar="DIR",
-        help="folder of all artifacts (default: $CLOUDS_ARTIFACTS or ./artifacts)",
-    )
-
-
-def _recipe_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe",
-        default=os.environ.get("CLOUDS_RECIPE", DEFAULT_RECIPE),
-        metavar="NAME|FILE.yaml",
-        help="a shipped recipe or a file (default: $CLOUDS_RECIPE or %(default)s)",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting, for example train_source.steps=100 (may be repeated)",
-    )
-
-
-def _selection_options(parser: argparse.ArgumentParser) -> None:
-    stages = ", ".join(STAGE_NAMES)
-    parser.add_argument("--stage", metavar="STAGE", help=f"this stage alone: {stages}")
-    parser.add_argument("--round", type=int, metavar="R", help="with --stage: round (default last)")
-    parser.add_argument("--leg", metavar="LEG", help="only this leg of the recipe")
-    parser.add_argument("--from", dest="from_stage", metavar="STAGE", help="start at this stage")
-    parser.add_argument("--until", dest="until_stage", metavar="STAGE", help="end with this stage")
-    parser.add_argument(
-        "--force",
-        action="append",
-        default=[],
-        metavar="STAGE",
-        help="run this stage even if it is done (may be repeated)",
-    )
-
-
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    _recipe_options(parser)
-    _store_options(parser)
-    _selection_options(parser)
+    recipe_options(parser)
+    store_options(parser)
+    selection_options(parser)
     parser.add_argument(
         "--runner",
         choices=("auto", "local", "prefect"),
@@ -173,31 +137,31 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    _recipe_options(parser)
-    _store_options(parser)
-    _selection_options(parser)
+    recipe_options(parser)
+    store_options(parser)
+    selection_options(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _show_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="KEY", help="a key, its beginning, or an instance's name")
-    _store_options(parser)
+    store_options(parser)
     parser.add_argument("--json", action="store_true", help="the whole manifest")
 
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
-    _store_options(parser)
+    store_options(parser)
     parser.add_argument("--full", action="store_true", help="read and digest every byte")
 
 
 def _status_options(parser: argparse.ArgumentParser) -> None:
-    _store_options(parser)
+    store_options(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _adopt_options(parser: argparse.ArgumentParser) -> None:
-    _recipe_options(parser)
-    _store_options(parser)
+    recipe_options(parser)
+    store_options(parser)
     parser.add_argument("stage", metavar="STAGE")
     parser.add_argument("path", metavar="PATH", nargs="?", help="folder or file made elsewhere")
     parser.add_argument("--round", type=int, metavar="R")
@@ -208,8 +172,8 @@ def _adopt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_options(parser: argparse.ArgumentParser) -> None:
-    _recipe_options(parser)
-    _store_options(parser)
+    recipe_options(parser)
+    store_options(parser)
     parser.add_argument("file", metavar="FILE", help="CLOUDS, Rein or VLTSeg: the authors' file")
     parser.add_argument(
         "--stage",
@@ -222,59 +186,19 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
-    _recipe_options(parser)
-    _store_options(parser)
+    recipe_options(parser)
+    store_options(parser)
 
 
 def _submit_options(parser: argparse.ArgumentParser) -> None:
-    _recipe_options(parser)
-    _store_options(parser)
+    recipe_options(parser)
+    store_options(parser)
     submission.add_options(parser)
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("show", "validate", "schema"))
-    _recipe_options(parser)
-
-
-def _study_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "name", metavar="NAME|FILE.yaml", nargs="?", help="which study; none: list them"
-    )
-    parser.add_argument("--recipe", metavar="NAME|FILE.yaml", help="in place of the study's own")
-    parser.add_argument("--seeds", type=_numbers, default=(), metavar="0,1,2", help="seeds to run")
-    parser.add_argument(
-        "--case",
-        dest="cases",
-        action="append",
-        default=[],
-        metavar="CASE",
-        help="only this case (may be repeated)",
-    )
-    parser.add_argument(
-        "--with",
-        dest="choices",
-        action="append",
-        default=[],
-        metavar="VARIABLE=CHOICE",
-        help="choose a variant of the study, for example pictures=web (may be repeated)",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting in all cases (may be repeated)",
-    )
-    _store_options(parser)
-    parser.add_argument(
-        "--plan", action="store_true", help="say what would run, and tabulate what is there"
-    )
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    recipe_options(parser)
 
 
 def _no_options(_parser: argparse.ArgumentParser) -> None:
@@ -420,37 +344,6 @@ def _recipes(_arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _study(arguments: argparse.Namespace) -> int:
-    from flows import studies, study_console, study_runs
-    from stages.launch import execute
-
-    if arguments.name is None:
-        study_console.studies({name: studies.load_study(name) for name in studies.study_files()})
-        return EXIT_OK
-    plan = studies.arrange_study(
-        arguments.name,
-        artifacts=arguments.artifacts,
-        recipe=arguments.recipe,
-        seeds=arguments.seeds,
-        cases=arguments.cases,
-        choices=arguments.choices,
-        overrides=arguments.overrides,
-    )
-    found = study_runs.forecast(plan.trials)
-    study_console.forecast(plan, found)
-    if arguments.plan:
-        study_console.table(plan, study_runs.tabulate(plan))
-        return EXIT_WOULD_RUN if found.pending else EXIT_OK
-    with study_console.StudyConsole() as listener:
-        result = study_runs.run_study(
-            plan,
-            listener=listener,
-            execute=lambda spec, progress, _lock: execute(spec, progress),
-        )
-    study_console.table(plan, result)
-    return EXIT_FAILED if result.failures else EXIT_OK
-
-
 def _config(arguments: argparse.Namespace) -> int:
     if arguments.what == "schema":
         from stages.config import Recipe
@@ -476,7 +369,10 @@ _VERBS: dict[str, tuple[str, _Options, _Do]] = {
     "verify": ("Check artifacts against their manifests.", _verify_options, _verify),
     "adopt": ("Take something made elsewhere as a stage's output.", _adopt_options, _adopt),
     "import": ("Convert a published system's checkpoint into ours.", _import_options, _import),
-    "study": ("Run a family of recipes; one table with spreads.", _study_options, _study),
+    "study": ("Run a family of recipes; one table with spreads.", verbs.study_options, verbs.study),
+    "graph": ("Show what needs what, as text or a picture.", verbs.graph_options, verbs.graph),
+    "diff": ("Say how two artifacts, runs or recipes differ.", verbs.diff_options, verbs.diff),
+    "gc": ("Remove what no run refers to any more; dry by default.", verbs.gc_options, verbs.gc),
     "submit": (
         "Predict a benchmark's test pictures for its server.",
         _submit_options,
@@ -485,17 +381,17 @@ _VERBS: dict[str, tuple[str, _Options, _Do]] = {
     "check": ("Look at everything a run needs, without running.", _check_options, _check),
     "predict": (
         "Label pictures, folders or videos with a trained model.",
-        lambda parser: (_store_options(parser), use.predict_options(parser)),
+        lambda parser: (store_options(parser), use.predict_options(parser)),
         use.predict,
     ),
     "export": (
         "Write a trained model as ONNX, checked against the original.",
-        lambda parser: (_store_options(parser), use.export_options(parser)),
+        lambda parser: (store_options(parser), use.export_options(parser)),
         use.export,
     ),
     "features": (
         "Draw what models see: dense features by class and domain (t-SNE).",
-        lambda parser: (_store_options(parser), use.features_options(parser)),
+        lambda parser: (store_options(parser), use.features_options(parser)),
         use.features,
     ),
     "recipes": ("List the shipped recipes.", _no_options, _recipes),

@@ -323,6 +323,10 @@ class Engine:
             what = f"{needed_by.name} needs {name}" + (f" ({role})" if role != name else "")
         raise MissingNeedError(f"{what}, which {problem}. Make it with: {self.command_for(name)}")
 
+    def found_keys(self) -> list[str]:
+        """Keys of the artifacts that planning and running came upon so far."""
+        return sorted({artifact.key for artifact in self._found.values()})
+
     def command_for(self, name: str) -> str:
         """The command that makes an instance."""
         instance = self.instances[name]

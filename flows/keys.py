@@ -99,7 +99,7 @@ def _external_state(external: External, store: Store) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """ "train_source.steps: 100 -> 200" for every ingredient that differs."""
-    old_flat, new_flat = dict(_flatten(old)), dict(_flatten(new))
+    old_flat, new_flat = dict(flatten(old)), dict(flatten(new))
     for name in sorted(old_flat.keys() | new_flat.keys()):
         before, after = old_flat.get(name, "(absent)"), new_flat.get(name, "(absent)")
         if before != after:
@@ -119,12 +119,13 @@ def _say_difference(name: str, before: Any, after: Any) -> str:
     return f"{name}: {before} -> {after}"
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in a tree; lists of plain values stay whole."""
     if isinstance(tree, Mapping) and tree:
         for name, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+            yield from flatten(value, f"{prefix}.{name}" if prefix else str(name))
     elif isinstance(tree, list) and any(isinstance(entry, Mapping) for entry in tree):
         for number, value in enumerate(tree):
-            yield from _flatten(value, f"{prefix}.{number}")
+            yield from flatten(value, f"{prefix}.{number}")
     else:
         yield prefix, tree

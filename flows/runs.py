@@ -94,6 +94,9 @@ def run(
         preflight(pending, store=engine.store, listener=listener)
     record = _new_record(engine, overrides, study)
     engine.run_id = record["id"]
+    if pending:  # from now on nobody clears away what this run builds on
+        record["uses"] = engine.found_keys()
+        engine.store.write_run(record)
     try:
         for instance in selected:
             run_it = partial(engine.run_one, instance, listener=listener, execute=execute)
@@ -127,6 +130,7 @@ def _new_record(engine: Engine, overrides: Sequence[str], study: str | None) -> 
         "recipe": engine.recipe.name,
         "overrides": list(overrides),
         "study": study,
+        "uses": [],
         "config": engine.recipe.model_dump(mode="json"),
         "prefect_run_id": engine.prefect_run_id,
         "started": started,
