@@ -30,15 +30,33 @@ from flows.recipes import ConfigError, load_recipe, nearest
 from flows.store import Store, StoreError
 from stages.launch import be_patient
 
+_GROUPS = {
+    "make": ("run", "plan", "check", "study"),
+    "look": ("status", "show", "graph", "diff"),
+    "settings": ("recipes", "config"),
+    "from and to elsewhere": ("adopt", "import", "predict", "export"),
+    "keep order": ("verify", "gc"),
+}
+"""How `clouds --help` orders the commands; what is named nowhere comes last."""
+
 _EPILOG = """\
-examples:
-  clouds                                       run the default recipe; what is done is skipped
+A first hour:
+  clouds --recipe tiny                         every stage in seconds; the report opens from disk
+  clouds                                       the default recipe; what is done is skipped
+  clouds graph                                 what needs what, and what is there
+  clouds plan --set refine.points=9            what a setting would make run again, and why
+  clouds study ablation --plan                 what a comparison over seeds would run
+
+more examples:
   clouds plan --recipe camvid                  what would run, and why
   clouds --stage self_train --round 1          one stage alone (all its legs)
   clouds --from refine --set refine.points=9   from one stage on, with another setting
   clouds status                                what is there, what runs, what failed
+  clouds diff last before-last                 how two runs differ, in settings and results
+  clouds gc --older 7                          what nothing refers to any more
   clouds config show --recipe camvid           every setting with its value
 
+A command's own options: clouds COMMAND --help. Recipes are YAML files: clouds recipes.
 Stopping is always safe: Ctrl-C, kill -9, a crash. The same command goes on where it stopped.
 """
 
@@ -97,16 +115,31 @@ def _parser() -> argparse.ArgumentParser:
         prog="clouds",
         description="One resumable pipeline from labelled synthetic streets to a segmenter for "
         "domains without labels.",
-        epilog=_EPILOG,
+        epilog=f"{_listing()}\n{_EPILOG}",
+        usage="clouds [COMMAND] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="version and git revision")
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        prog="clouds", metavar="COMMAND", required=True, help="one of those below; none: run"
+    )
     for name, (does, add_options, do) in _VERBS.items():
-        sub = verbs.add_parser(name, help=does, description=does)
+        sub = commands.add_parser(name, description=does)
         add_options(sub)
         sub.set_defaults(do=do)
     return parser
+
+
+def _listing() -> str:
+    """The commands in groups, one line each."""
+    grouped = {name for names in _GROUPS.values() for name in names}
+    rest = tuple(name for name in _VERBS if name not in grouped)
+    lines = ["commands:"]
+    for group, names in {**_GROUPS, "more": rest}.items():
+        there = [name for name in names if name in _VERBS]
+        lines += [f"  {group}"] if there else []
+        lines += [f"    {name:<9} {_VERBS[name][0]}" for name in there]
+    return "\n".join([*lines, ""])
 
 
 class _Version(argparse.Action):

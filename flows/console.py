@@ -294,12 +294,23 @@ def show(folder: Path, manifest: Mapping[str, Any], lineage: Any, *, as_json: bo
     say(f"  code      {manifest.get('git_revision')}, {_versions(manifest)}")
     if manifest.get("origin"):
         say(f"  adopted   from {manifest['origin']}")
+    say("  settings  (section by section)")
+    for section, settings in manifest.get("config", {}).items():
+        say(f"    {section}: {_flow(settings)}")
     say("  made of")
     for depth, line in lineage.up or [(0, "nothing else")]:
         say(f"    {'  ' * depth}{line}")
     say("  used by")
     for line in lineage.down or ["nothing yet"]:
         say(f"    {line}")
+
+
+def _flow(settings: Any) -> str:
+    """Settings in one line of YAML, as a recipe could hold them."""
+    import yaml
+
+    text = yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.strip().removesuffix("...").strip()
 
 
 def _versions(manifest: Mapping[str, Any]) -> str:

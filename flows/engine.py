@@ -242,7 +242,10 @@ class Engine:
     def _estimate(
         self, instance: Instance, newest: Mapping[str, Any] | None
     ) -> tuple[float | None, int | None]:
-        """Seconds and bytes from the rate of the newest artifact, where both have units of work."""
+        """Seconds and bytes from the rate of the newest artifact, where both have units of work.
+
+        What the stage took before its work began (imports, loading) does not grow with the work.
+        """
         units = instance.contract.units(instance.recipe)
         work = (newest or {}).get("work") or {}
         if not units or not work.get("done"):
@@ -252,7 +255,8 @@ class Engine:
         size = sum(entry["bytes"] for entry in outputs)
         if any("num_files" in entry for entry in outputs):  # checkpoints do not grow with steps
             size = int(size * share)
-        return newest["seconds"] * share, size
+        working_s = min(work.get("seconds", newest["seconds"]), newest["seconds"])
+        return newest["seconds"] - working_s + working_s * share, size
 
     def unfinished(self, name: str, key: str) -> str | None:
         """What an earlier attempt left behind for a restart."""
@@ -546,10 +550,12 @@ class _Told:
         self._path, self._listener = path, listener
         self._total, self._done, self._unit = 0, 0, ""
         self._found = 0
+        self._began: float | None = None
         self._saved = 0.0
 
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
         self._total, self._unit, self._done, self._found = total, unit, done, done
+        self._began = self._began or time.perf_counter()
         self._listener.start(total, unit, done=done)
         self.save()
 
@@ -580,8 +586,11 @@ class _Told:
             return
 
     def work(self) -> dict[str, Any]:
-        """Units done in this attempt, for rates."""
-        return {"total": self._total, "done": self._done - self._found, "unit": self._unit}
+        """Units done in this attempt and the seconds since work began, for rates."""
+        told = {"total": self._total, "done": self._done - self._found, "unit": self._unit}
+        if self._began is not None:
+            told["seconds"] = round(time.perf_counter() - self._began, 3)
+        return told
 
 
 def _config_of(instance: Instance) -> dict[str, Any]:

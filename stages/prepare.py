@@ -137,11 +137,12 @@ def check_labels(dataset: DatasetConfig, data: DataConfig, *, role: str, num_sam
     """
     few = dataset.model_copy(update={"limit": min(num_samples, dataset.limit or num_samples)})
     root = dataset_root(dataset, data.root)
+    total = len(list_pairs(dataset, root, role=role, labelled=True).pairs)
     listing = list_pairs(few, root, role=role, labelled=True)
     id_map = _id_map(dataset, listing, load_labelspace(data.labels))
     job = _Job(role=role, dataset=dataset, root=root, listing=listing, id_map=id_map)
     _stop_on_errors(job, [_check_sample(job, pair, PrepareConfig()) for pair in listing.pairs])
-    return f"{len(listing.pairs)} samples read, map {id_map.name}"
+    return f"read {len(listing.pairs)} of {total} samples, map {id_map.name}"
 
 
 def _jobs(data: DataConfig, space: LabelSpace, world: Path | None) -> Iterator[_Job]:
