@@ -32,9 +32,9 @@ from stages.launch import be_patient
 
 _GROUPS = {
     "make": ("run", "plan", "check", "study"),
-    "look": ("status", "show", "graph", "diff"),
+    "look": ("status", "show", "graph", "diff", "features"),
     "settings": ("recipes", "config"),
-    "from and to elsewhere": ("adopt", "import", "predict", "export"),
+    "from and to elsewhere": ("adopt", "import", "predict", "export", "submit"),
     "keep order": ("verify", "gc"),
 }
 """How `clouds --help` orders the commands; what is named nowhere comes last."""

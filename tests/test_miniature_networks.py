@@ -120,7 +120,7 @@ def test_segmenter_is_built_on_the_shipped_tower(clip):
 
 
 # Several points drawn from a noisy mask do not gain yet: see the card.
-@pytest.mark.parametrize("kind", ("point", "box", "mask", "mask_points"))
+@pytest.mark.parametrize("kind", ["point", "box", "mask", "mask_points"])
 def test_sam_improves_on_prompts(sam, kind):
     pairs = []
     for seed in range(16):
