@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from models.inference import predict
+from models.inference import predict, resize_in_bands, scores_by, slide_in_bands
 from models.segmenter import Segmenter
 from stages.config import EvaluateConfig, ProtocolConfig
 from stages.devices import Device
@@ -29,6 +29,8 @@ from stages.readers import Sample, network_size, resize_label
 READERS = min(8, os.cpu_count() or 1)
 """Threads that read and decode ahead of the network."""
 BATCHES_AHEAD = 3
+LARGE_PX = 40_000_000
+"""Predictions of more pixels are made band by band (Mapillary Vistas: about 24 million)."""
 
 Size = tuple[int, int]
 
@@ -114,12 +116,20 @@ def count(
 def predict_labels(
     segmenter: Segmenter, items: Sequence[Item], config: ProtocolConfig, device: Device
 ) -> torch.Tensor:
-    """Train ids (uint8 [B, H, W]) of a batch at the size that its items ask for."""
-    images_BHW3 = _on(device, [item.image_HW3 for item in items])
+    """Train ids (uint8 [B, H, W]) of a batch at the size that its items ask for.
+
+    Raises:
+        ValueError: pictures are too large to go through the network as the protocol asks.
+    """
+    images_B3HW = _on(device, [item.image_HW3 for item in items]).permute(0, 3, 1, 2)
+    size = items[0].size
+    if size[0] * size[1] > LARGE_PX:
+        parts = [_in_bands(segmenter, one, size, config, device) for one in images_B3HW.split(1)]
+        return torch.cat(parts)
     scores_BKHW = predict(
         segmenter,
-        images_BHW3.permute(0, 3, 1, 2),
-        size=items[0].size,
+        images_B3HW,
+        size=size,
         mode=config.mode,
         window=(config.window, config.window),
         stride=(config.stride, config.stride),
@@ -127,6 +137,42 @@ def predict_labels(
         batch=config.batch_size,
     )
     return scores_BKHW.argmax(1).to(torch.uint8)
+
+
+@torch.inference_mode()
+def _in_bands(
+    segmenter: Segmenter,
+    image_13HW: torch.Tensor,
+    size: Size,
+    config: ProtocolConfig,
+    device: Device,
+) -> torch.Tensor:
+    """Train ids (uint8 [1, *size]) of a picture whose scores would not fit into memory."""
+    network: Size = tuple(image_13HW.shape[-2:])
+    window, stride = (config.window, config.window), (config.stride, config.stride)
+    bf16 = device.dtype == torch.bfloat16
+    if network[0] * network[1] <= LARGE_PX:
+        scores_1Khw = predict(
+            segmenter,
+            image_13HW,
+            mode=config.mode,
+            window=window,
+            stride=stride,
+            bf16=bf16,
+            batch=config.batch_size,
+        )
+        bands = resize_in_bands(scores_1Khw, size, rows=max(1, LARGE_PX // size[1]))
+    elif config.mode == "slide" and network == size:
+        scores_of = scores_by(segmenter, bf16=bf16)
+        options = {"window": window, "stride": stride, "batch": config.batch_size}
+        bands = slide_in_bands(scores_of, image_13HW, **options)
+    else:
+        raise ValueError(
+            f"a picture of {network[0]}x{network[1]} (height x width) does not go through the "
+            "network as a whole: set evaluate.short_side=1024, or evaluate.mode=slide at its own "
+            "size."
+        )
+    return torch.cat([band.argmax(1).to(torch.uint8) for band in bands], 1)
 
 
 def _on(device: Device, arrays: Sequence[np.ndarray]) -> torch.Tensor:

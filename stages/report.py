@@ -236,6 +236,7 @@ def _model_row(one: Judged, reference: Judged | None) -> dict[str, Any]:
         "kind": one.kind,
         "protocol": dict(one.protocol),
         "miou_mean": one.mean,
+        "details": list(one.details),
         "miou": {name: score.miou for name, score in one.targets.items()},
         "iou": {name: list(score.iou) for name, score in one.targets.items()},
         "num_images": {name: score.num_images for name, score in one.targets.items()},

@@ -1,11 +1,12 @@
 """The numbers of a report: which model reached what on which target, against which reference."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from stages.report_lineage import Instance, read_json
+from stages.report_words import percent
 
 Number = float | None
 
@@ -43,6 +44,8 @@ class Judged:
     targets: Mapping[str, Score]
     mean: Number
     """Mean of the targets' mIoU, in 0..1."""
+    details: tuple[str, ...] = ()
+    """Finer numbers in words: means over fewer classes, conditions, rPD."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,38 @@ def _judged(one: Instance, instances: Mapping[str, Instance]) -> Judged | None:
         protocol=results.get("protocol") or {},
         targets=targets,
         mean=mean,
+        details=tuple(_details(results)),
     )
+
+
+def _details(results: Mapping[str, Any]) -> Iterator[str]:
+    """What `evaluate` stores beside the mIoU of each target, one line each."""
+    sets = sorted((results.get("sets") or {}).items())
+    for name, entry in sets:
+        by_classes = entry.get("miou_by_classes") or {}
+        if by_classes:
+            values = ", ".join(
+                f"{count}: {percent(number(by_classes[count]))}"
+                for count in sorted(by_classes, key=int, reverse=True)
+            )
+            yield f"{name}, mean over so many classes: {values}"
+    for name, entry in sets:
+        conditions = entry.get("conditions") or {}
+        if conditions:
+            values = ", ".join(
+                f"{condition} {percent(number(part.get('miou')))}"
+                for condition, part in sorted(conditions.items())
+            )
+            together, apart = entry.get("miou"), entry.get("miou_mean_of_conditions")
+            yield (
+                f"{name}, by condition: {values}; together (one matrix) {percent(number(together))}"
+                f", mean of the conditions {percent(number(apart))}"
+            )
+    if number(results.get("rpd")) is not None:
+        yield (
+            f"relative performance under domain shift (rPD): {percent(number(results['rpd']))} % "
+            f"of the mIoU on {results.get('training_domain')} is kept on the unseen targets"
+        )
 
 
 def _class_name(entry: Any) -> str:

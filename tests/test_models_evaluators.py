@@ -31,6 +31,26 @@ def test_pairs_are_counted_one_by_one():
     assert torch.equal(confusion_matrix(guess, truth, 5), slow)
 
 
+@pytest.mark.parametrize("region", [1, 3, 16])
+def test_runs_of_pixels_are_counted_as_single_pixels_are(region):
+    generator = torch.Generator().manual_seed(region)
+    coarse = torch.randint(0, 7, (2, 4, 5), generator=generator, dtype=torch.uint8)
+    coarse[coarse == 6] = 255
+    guess, truth = coarse.repeat_interleave(region, 1).repeat_interleave(region, 2)
+    guess = guess.roll(region // 2, 1)
+    slow = torch.zeros(6, 6, dtype=torch.int64)
+    for g, t in zip(guess.flatten().tolist(), truth.flatten().tolist(), strict=True):
+        slow[min(t, 5), min(g, 5)] += 1
+    found = confusion_matrix(guess, truth, 5)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, slow)
+    wide = confusion_matrix(guess.long(), truth.long(), 5)
+    assert torch.equal(wide, slow)
+    empty = confusion_matrix(guess[:0], truth[:0], 5)
+    assert empty.shape == (6, 6)
+    assert not empty.any()
+
+
 def test_matrices_of_parts_add_up():
     guess, truth = some_maps()
     parts = [confusion_matrix(g, t, 5) for g, t in zip(guess, truth, strict=True)]

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from stages.config import DatasetConfig
-from stages.layouts import LAYOUTS, dataset_root, list_pairs, watched
+from stages.layouts import LAYOUTS, condition_of, dataset_root, list_pairs, watched
 from tests import small_datasets
 
 ROLE = "targets"
@@ -107,6 +107,25 @@ def test_one_condition_of_acdc_is_a_split_of_its_own(tmp_path):
     found = listed(tmp_path, layout="acdc", split="night/val")
     assert [pair.stem for pair in found.pairs] == ["GOPR01_frame_0001"]
     assert found.pairs[0].label.is_file()
+
+
+def test_the_official_acdc_folders_hold_more_than_is_read(tmp_path):
+    """Normal-condition twins (`*_ref`), label ids, colours and masks of invalid regions."""
+    small_datasets.acdc(tmp_path)
+    for condition in ("fog", "night", "rain", "snow"):
+        twin = tmp_path / "rgb_anon" / condition / "val_ref" / "GOPR09"
+        small_datasets.save(twin / "GOPR09_frame_0009_rgb_ref_anon.png", small_datasets.picture(9))
+    for label in list(tmp_path.glob("gt/*/val/*/*_gt_labelTrainIds.png")):
+        for kind in ("labelColor", "invIds", "labelIds"):
+            name = label.name.replace("labelTrainIds", kind)
+            small_datasets.save(label.with_name(name), small_datasets.raw_label(0))
+    found = listed(tmp_path, layout="acdc")
+    assert (found.split, len(found.pairs), found.kind.name) == ("val", 4, "labelIds")
+    by_train_ids = listed(tmp_path, layout="acdc", label_map="train_ids")
+    assert by_train_ids.kind.name == "labelTrainIds"
+    conditions = [condition_of("acdc", pair.image) for pair in found.pairs]
+    assert sorted(conditions) == ["fog", "night", "rain", "snow"]
+    assert condition_of("cityscapes", found.pairs[0].image) is None
 
 
 def test_a_folder_tree_of_images_needs_no_labels(tmp_path):

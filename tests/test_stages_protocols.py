@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from flows.recipes import ConfigError, load_recipe, recipe_files, resolve
-from stages import prepare
+from stages import judging, prepare
 from stages.config import EvaluateConfig, Recipe
 from stages.judging import Sizes, read_item, resize_image
 from stages.labels import load_labelspace
@@ -293,3 +293,60 @@ def test_mapillary_raw_ids_differ_in_eleven_places_between_the_two_maps(inputs):
     raw = read_label(sample.label)
     assert (sample.read_label() == r.table[raw]).all()
     assert (sample.read_label() != h.table[raw]).any()
+
+
+def test_pictures_of_every_mode_and_size_are_judged_together(tmp_path):
+    """Gray, 16 bit, CMYK, turned by EXIF, with a palette, one pixel: the truth fits the eye."""
+    rgb, raw = small_datasets.picture(0), small_datasets.raw_label(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = np.ascontiguousarray(np.rot90(rgb))
+    pictures = {
+        "gray.png": (Image.fromarray(rgb[..., 0]), {}),
+        "deep.png": (Image.fromarray(rgb[..., 0].astype(np.uint16) * 256), {}),
+        "cmyk.jpg": (Image.fromarray(rgb).convert("CMYK"), {}),
+        "turned.jpg": (Image.fromarray(turned), {"exif": exif}),
+        "palette.png": (Image.fromarray(rgb).quantize(16), {}),
+        "dot.png": (Image.fromarray(rgb[:1, :1]), {}),
+    }
+    for name, (picture, options) in pictures.items():
+        (tmp_path / "data" / "images").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "data" / "images" / name, **options)
+        label = raw[:1, :1] if name == "dot.png" else raw
+        stem = name.partition(".")[0]
+        small_datasets.save(tmp_path / "data" / "labels" / f"{stem}.png", label, palette=True)
+    targets = [{"name": "odd", "root": str(tmp_path / "data"), "layout": "gta5"}]
+    (tmp_path / "prepared").mkdir()
+    recipe = Recipe(data={"targets": targets})
+    prepare.run(stage_config(recipe, "prepare"), out=tmp_path / "prepared", progress=Told())
+    save_checkpoint(tmp_path / "model", NAMES)
+    _, results = evaluated(tmp_path, tmp_path / "out", batch_size=2)
+    counted = 5 * np.count_nonzero(raw) + int(raw[0, 0] != 0)
+    assert np.sum(results["sets"]["odd"]["confusion"]) == counted
+    assert results["sets"]["odd"]["num_images"] == 6
+
+
+def test_targets_with_other_classes_are_refused_by_value(tmp_path):
+    small_datasets.gta5(tmp_path / "data", count=1)
+    small_datasets.save(tmp_path / "data" / "labels" / "00001.png", np.full((20, 32), 77, np.uint8))
+    targets = [{"name": "odd", "root": str(tmp_path / "data"), "layout": "gta5"}]
+    recipe = Recipe(data={"targets": targets})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"00001\.png: values 77 are not in label map 'gta5'"):
+        prepare.run(stage_config(recipe, "prepare"), out=tmp_path / "out", progress=Told())
+
+
+@pytest.mark.parametrize("section", [{"short_side": 16}, {"mode": "slide", "window": 16}])
+def test_large_pictures_are_judged_in_bands_with_the_same_labels(
+    inputs, tmp_path, monkeypatch, section
+):
+    section |= {"stride": 12, "batch_size": 2}
+    _, at_once = evaluated(inputs, tmp_path / "once", **section)
+    monkeypatch.setattr(judging, "LARGE_PX", 600)
+    _, in_bands = evaluated(inputs, tmp_path / "bands", **section)
+    for name, entry in at_once["sets"].items():
+        first, second = (np.array(r["sets"][name]["confusion"]) for r in (at_once, in_bands))
+        assert first.sum() == second.sum()
+        assert np.abs(first - second).sum() <= 0.002 * first.sum(), entry["layout"]
+    with pytest.raises(ValueError, match=r"picture of 20x32 .*evaluate\.short_side=1024"):
+        evaluated(inputs, tmp_path / "whole")

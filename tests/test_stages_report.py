@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages import report, report_page
+from stages import report, report_page, report_scores
 from stages.charts import line_chart, short, smoothed, thinned, ticks
 from stages.config import Recipe, ReportConfig, StageConfig
 from stages.report_changes import measure
@@ -483,3 +483,20 @@ def test_smoothing_keeps_lines_straight_and_their_ends() -> None:
 )
 def test_words(said: object, expected: object) -> None:
     assert said == expected
+
+
+def test_finer_numbers_stand_beside_the_result():
+    part = {"miou": 0.5}
+    acdc = {"miou": 0.4, "miou_mean_of_conditions": 0.45, "conditions": {"fog": part, "night": {}}}
+    results = {
+        "sets": {"acdc": acdc, "city": {"miou_by_classes": {"19": 0.3, "16": 0.35, "13": None}}},
+        "rpd": 0.849,
+        "training_domain": "city",
+    }
+    by_classes, by_condition, rpd = report_scores._details(results)
+    assert by_classes == "city, mean over so many classes: 19: 30.0, 16: 35.0, 13: –"
+    assert "fog 50.0, night –; together (one matrix) 40.0, mean of the conditions 45.0" in (
+        by_condition
+    )
+    assert "84.9 % of the mIoU on city" in rpd
+    assert list(report_scores._details({})) == []
