@@ -68,6 +68,14 @@ CONTRACTS: tuple[Contract, ...] = (
         sections=("pretrain_sam",),
         numeric=True,
     ),
+    Contract(
+        name="pretrain_painter",
+        version=1,
+        verb="stages.pretrain_painter",
+        does="Train the miniature's painter on rendered web pictures and sentences about them.",
+        sections=("pretrain_painter",),
+        numeric=True,
+    ),
     *(
         Contract(
             name=f"measure_{network}",

@@ -81,6 +81,55 @@ class PretrainWriterConfig(PretrainSection):
     """Sentences per update."""
 
 
+class PainterDecoderConfig(PretrainSection):
+    """Train the decoder of the painter's latents."""
+
+    steps: int = Field(4_000, gt=0)
+    """Updates."""
+    lr: float = Field(2.0e-3, gt=0)
+    """Learning rate of AdamW after the warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of kernels."""
+    warmup_steps: int = Field(50, ge=0)
+    """Linear warm-up."""
+    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(1_000, gt=0)
+    """Steps between resumable checkpoints."""
+    batch_size: int = Field(16, gt=0)
+    """Cuts of 32x64 pixels per update."""
+    noise: float = Field(0.15, ge=0)
+    """Largest standard deviation of noise on latents, so that small mistakes of the denoiser are
+    forgiven."""
+    edge_weight: float = Field(0.25, ge=0)
+    """Weight of the error in differences of neighbouring pixels."""
+
+
+class PretrainPainterConfig(PretrainSection):
+    """Train the miniature's painter on rendered web pictures and sentences about them."""
+
+    steps: int = Field(5_000, gt=0)
+    """Updates of the denoiser and its text tower."""
+    lr: float = Field(1.0e-3, gt=0)
+    """Learning rate of AdamW after the warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay of matrices and kernels."""
+    warmup_steps: int = Field(150, ge=0)
+    """Linear warm-up."""
+    decay_share: float = Field(0.3, gt=0, le=1)
+    """Last share of the steps, over which the learning rate falls linearly to nought."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Average of the weights that is shipped."""
+    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(150, gt=0)
+    """Steps between resumable checkpoints."""
+    num_pictures: int = Field(24_000, gt=0)
+    """Pictures rendered once; each is seen as it is and mirrored, with new sentences every time."""
+    batch_size: int = Field(64, gt=0)
+    """Pictures per update."""
+    silent_share: float = Field(0.1, ge=0, le=1)
+    """Share of the pictures that come with an empty sentence, for guidance."""
+    decoder: PainterDecoderConfig = PainterDecoderConfig()
+    """Training of the decoder, before that of the denoiser."""
+
+
 class MeasureMiniatureConfig(Section):
     """Measure the miniature's CLIP and SAM on web pictures that no training saw."""
 
@@ -135,6 +184,7 @@ class PretrainRecipe(Section):
     pretrain_clip: PretrainClipConfig = PretrainClipConfig()
     pretrain_sam: PretrainSamConfig = PretrainSamConfig()
     pretrain_writer: PretrainWriterConfig = PretrainWriterConfig()
+    pretrain_painter: PretrainPainterConfig = PretrainPainterConfig()
     measure_miniature: MeasureMiniatureConfig = MeasureMiniatureConfig()
     measure_writer: MeasureWriterConfig = MeasureWriterConfig()
     run: Annotated[RunConfig, NOT_IN_KEY] = RunConfig()
