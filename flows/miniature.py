@@ -7,7 +7,7 @@ python flows/miniature.py plan                         what would run, and why
 python flows/miniature.py ship [--network clip]        copy what passed its gate, with its card
 
 What comes out lies in `artifacts/`; `ship` copies the networks that passed their gates
-(`measure_clip`, `measure_sam`, `measure_writer`) into `models/miniature/`.
+(`measure_clip`, `measure_sam`, `measure_writer`, `measure_painter`) into `models/miniature/`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from stages.launch import execute  # noqa: E402
 from stages.model_cards import write_card  # noqa: E402
 from stages.pretrain_config import PretrainRecipe  # noqa: E402
 
-NETWORKS = ("clip", "sam", "writer")
+NETWORKS = ("clip", "sam", "writer", "painter")
 
 
 def _words(_recipe: Any) -> dict[str, External]:
@@ -66,14 +66,6 @@ CONTRACTS: tuple[Contract, ...] = (
         verb="stages.pretrain_sam",
         does="Train the miniature SAM on rendered web pictures and noisy prompts.",
         sections=("pretrain_sam",),
-        numeric=True,
-    ),
-    Contract(
-        name="pretrain_painter",
-        version=1,
-        verb="stages.pretrain_painter",
-        does="Train the miniature's painter on rendered web pictures and sentences about them.",
-        sections=("pretrain_painter",),
         numeric=True,
     ),
     *(
@@ -105,6 +97,24 @@ CONTRACTS: tuple[Contract, ...] = (
         sections=("measure_writer",),
         needs=(Need(role="writer", stage="pretrain_writer"),),
         externals=_words,
+        numeric=True,
+    ),
+    Contract(
+        name="pretrain_painter",
+        version=1,
+        verb="stages.pretrain_painter",
+        does="Train the miniature's painter on rendered web pictures and sentences about them.",
+        sections=("pretrain_painter",),
+        numeric=True,
+    ),
+    Contract(
+        name="measure_painter",
+        version=1,
+        verb="stages.measure_painter",
+        does="Have it paint captions that no training saw, and judge what the pictures show.",
+        sections=("measure_painter",),
+        needs=(Need(role="painter", stage="pretrain_painter"),),
+        weights=("measure_painter.clip",),
         numeric=True,
     ),
 )
@@ -171,10 +181,12 @@ def ship(
         artifact = engine.artifact_of(f"pretrain_{name}")
         folder = into / name
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for path in sorted(artifact.folder.iterdir()):
-            if path.is_file() and path.name != "manifest.json":
-                shutil.copyfile(path, folder / path.name)
+        shutil.copytree(
+            artifact.folder,
+            folder,
+            ignore=shutil.ignore_patterns("manifest.json", "logs"),
+            copy_function=shutil.copyfile,
+        )
         write_card(folder, name, manifest=artifact.manifest, gates=gates, below_gate=below_gate)
         console.say(f"{name}: shipped to {folder}")
         shipped += 1

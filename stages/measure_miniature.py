@@ -14,13 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from segment_anything import SamPredictor
-from torch import nn
 
 from models.build import build_segmenter
-from models.config import DecoderConfig, EncoderConfig, SegmenterConfig, TuningConfig
 from models.miniature import sam_lessons
 from models.miniature.renderer import Picture, render
 from models.miniature.sam_lessons import PROMPT_TYPES, Lesson
@@ -31,6 +28,7 @@ from stages.contracts import Progress, Summary
 from stages.labels import load_labelspace
 from stages.metrics import DatasetScore, scores
 from stages.pretrain_config import MeasureMiniatureConfig
+from stages.probes import batch_of, learn, probe_config
 from stages.shards import item_seed, write_json
 
 SAM_STYLES = ("web", "web_unseen", "source")
@@ -178,13 +176,13 @@ def measure_clip(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> 
         for style in ("web", "source")
     }
     cases = {
-        "frozen": _segmenter_config(folder, weights=True, trained=False),
-        "from_scratch": _segmenter_config(folder, weights=False, trained=True),
+        "frozen": probe_config(folder, weights=True, trained=False),
+        "from_scratch": probe_config(folder, weights=False, trained=True),
     }
     if config.more_cases:
         cases |= {
-            "random_frozen": _segmenter_config(folder, weights=False, trained=False),
-            "fine_tuned": _segmenter_config(folder, weights=True, trained=True),
+            "random_frozen": probe_config(folder, weights=False, trained=False),
+            "fine_tuned": probe_config(folder, weights=True, trained=True),
         }
     names = load_labelspace("miniature").names
     table: dict[str, Any] = {}
@@ -195,7 +193,7 @@ def measure_clip(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> 
                 update={"decoder": segmenter_config.decoder.model_copy(update={"seed": head})}
             )
             segmenter = build_segmenter(seeded, class_names=names)
-            _learn(segmenter, train, config, head)
+            learn(segmenter, train, config, head)
             runs.append({style: _miou(segmenter, judged[style]) for style in judged})
         table[case] = {style: [round(run[style], 4) for run in runs] for style in judged}
     mean = {case: float(np.mean(row["web"])) for case, row in table.items()}
@@ -206,64 +204,12 @@ def measure_clip(config: MeasureMiniatureConfig, folder: Path, *, seed: int) -> 
     }
 
 
-def _segmenter_config(folder: Path, *, weights: bool, trained: bool) -> SegmenterConfig:
-    return SegmenterConfig(
-        encoder=EncoderConfig(name=f"local-dir:{folder}", weights=str(folder) if weights else None),
-        tuning=TuningConfig(kind="full" if trained else "frozen", lr_multiplier=1.0),
-        decoder=DecoderConfig(kind="light", width=64, group_norm=8),
-    )
-
-
-def _learn(
-    segmenter: Segmenter, pictures: list[Picture], config: MeasureMiniatureConfig, seed: int
-) -> None:
-    parameters = [p for p in segmenter.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.head_steps, pct_start=0.1
-    )
-    segmenter.train()
-    for step in range(config.head_steps):
-        generator = np.random.default_rng([seed, step])
-        chosen = [pictures[i] for i in generator.integers(0, len(pictures), config.batch_size)]
-        images, labels = _batch(chosen)
-        images = _jitter(images, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = segmenter(images)
-        logits = output.pixel_logits_BKHW.float()
-        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(logits, labels.long(), ignore_index=255)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-
-
-def _jitter(images_B3HW: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
-    """Brightness, contrast and saturation of each picture, as every case sees it."""
-    shape = (len(images_B3HW), 1, 1, 1)
-    gain, contrast, colour = (
-        torch.from_numpy(generator.uniform(0.6, 1.4, shape).astype(np.float32)) for _ in range(3)
-    )
-    images = images_B3HW.float() * gain
-    images = (images - 128) * contrast + 128
-    grey = images.mean(1, keepdim=True)
-    return ((images - grey) * colour + grey).clamp(0, 255)
-
-
 @torch.inference_mode()
 def _miou(segmenter: Segmenter, pictures: list[Picture]) -> float:
     segmenter.eval()
     score = DatasetScore(segmenter.num_classes, torch.device("cpu"))
     for start in range(0, len(pictures), 25):
-        images, labels = _batch(pictures[start : start + 25])
+        images, labels = batch_of(pictures[start : start + 25])
         found = segmenter.semantic(segmenter(images), size=tuple(labels.shape[-2:]))
         score.add(found.argmax(1).to(torch.uint8), labels)
     return scores(score.to_json()["confusion"], "mmseg")["miou"]
-
-
-def _batch(pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
-    images = np.stack([picture.image_HW3 for picture in pictures])
-    labels = np.stack([picture.labels_HW for picture in pictures])
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)

@@ -14,7 +14,12 @@ CARD_NAME = "README.md"
 
 _DIGEST_LINE = re.compile(r"^\| `([^`]+)` \| (\d+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 
-_TITLES = {"clip": "Miniature CLIP", "sam": "Miniature SAM", "writer": "Miniature writer"}
+_TITLES = {
+    "clip": "Miniature CLIP",
+    "sam": "Miniature SAM",
+    "writer": "Miniature writer",
+    "painter": "Miniature painter",
+}
 _CARD_SUFFIXES = (".json", ".jinja", ".safetensors")
 """Files whose digests a card states."""
 
@@ -67,6 +72,22 @@ the last request alone.
 and answers this one request. It learned from a rule of ours, so it shows that the path from
 instruction to prompt works with a trained model, not that a model was needed. Another wording of
 the instruction (`prompts/writer.yaml`) calls for another training.""",
+    "painter": """A small Stable Diffusion in the libraries' own classes (diffusers'
+`StableDiffusionPipeline`, `UNet2DConditionModel`, `AutoencoderTiny`, `DPMSolverMultistepScheduler`;
+transformers' `CLIPTextModel`, `CLIPTokenizer`): `synthesize` loads and asks it as any other
+(`synthesize.model: builtin:painter`). Pictures are 64x128, latents 8x16 with 16 channels.
+
+**Training.** Rendered streets of the `web` style, each as it is and mirrored. The latents are the
+principal components of 8x8 patches, in closed form, each scaled to the fourth root of its variance;
+the autoencoder's encoder is those components written as convolutions. Its decoder learns to undo
+them (absolute error of pixels and of edges, latents slightly noised). The denoiser and the text
+tower, both from fresh weights, learn velocities at all times alike, on sentences that are worded
+anew every time (`models/miniature/painter_lessons.py`): captions, freer and shorter sentences, and
+a share of silence for guidance.
+
+**What it is not.** A painter of anything but rendered streets of this size. Its sentences come from
+a renderer and are true of what they name; where things stand ("on the left") was made up, so such
+words do nothing. It has seen many styles where the labelled source is one, as the real one has.""",
 }
 
 
@@ -82,7 +103,7 @@ def write_card(
 
     Args:
         folder: the network's folder.
-        network: "clip", "sam" or "writer".
+        network: "clip", "sam", "writer" or "painter".
         manifest: of the artifact it comes from.
         gates: the network's part of `gates.json`.
         below_gate: why it ships although it did not pass.
@@ -126,14 +147,18 @@ def write_card(
 
 
 def card_digests(folder: Path) -> dict[str, tuple[int, str]]:
-    """File name -> (bytes, SHA-256) as a folder's card states them."""
+    """File's path in the folder -> (bytes, SHA-256) as the folder's card states them."""
     text = (folder / CARD_NAME).read_text(encoding="utf-8")
     return {name: (int(size), digest) for name, size, digest in _DIGEST_LINE.findall(text)}
 
 
 def _files(folder: Path) -> list[str]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix in _CARD_SUFFIXES)
-    return [f"| `{path.name}` | {path.stat().st_size} | `{file_digest(path)}` |" for path in paths]
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in _CARD_SUFFIXES)
+    return [
+        f"| `{path.relative_to(folder).as_posix()}` | {path.stat().st_size} "
+        f"| `{file_digest(path)}` |"
+        for path in paths
+    ]
 
 
 def _sam_table(gates: Mapping[str, Any]) -> list[str]:
@@ -191,4 +216,46 @@ def _writer_table(gates: Mapping[str, Any]) -> list[str]:
     return [*lines, "", "The first replies:", "", *(f"- {text}" for text in samples)]
 
 
-_QUALITY = {"sam": _sam_table, "clip": _clip_table, "writer": _writer_table}
+def _painter_table(gates: Mapping[str, Any]) -> list[str]:
+    cases = ("rendered", "painted", "shuffled")
+    informed = ", ".join(f"{case} {gates['informedness'][case]:.3f}" for case in cases)
+    variety = ", ".join(f"{case} {gates['variety'][case]:.4f}" for case in cases[:2])
+    dark = ", ".join(f"{case} {gates['dark_minus_bright'][case]:.1f}" for case in cases[:2])
+    lines = [
+        f"{gates['num_prompts']} captions of rendered pictures were painted with "
+        f"{gates['paint_steps']} steps and guidance {gates['guidance']}. A segmenter above the "
+        "miniature CLIP, which learned from labelled pictures of the same style, says which "
+        "classes it finds (0.4 % of the pixels or more) in the rendered pictures, in the painted "
+        "ones, and in the painted ones held against other captions.",
+        "",
+        "Recall and false alarms (found where the caption does not name it), in %:",
+        "",
+        "| class | rendered | painted | shuffled |",
+        "|---|---|---|---|",
+    ]
+    for name, row in gates["classes"].items():
+        shown = (
+            f"{_percent(row[case]['recall'])}, {_percent(row[case]['false_alarms'])}"
+            for case in cases
+        )
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return [
+        *lines,
+        "",
+        f"- Informedness (recall minus false alarms, mean of the classes): {informed}",
+        f"- Variety (mean cosine distance of CLIP features of two pictures): {variety}",
+        f"- Brightness of dark hours minus that of the others, of 255: {dark}",
+        f"- PSNR of the autoencoder: {gates['psnr_db']:.2f} dB",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}"
+
+
+_QUALITY = {
+    "sam": _sam_table,
+    "clip": _clip_table,
+    "writer": _writer_table,
+    "painter": _painter_table,
+}

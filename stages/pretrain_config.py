@@ -130,7 +130,18 @@ class PretrainPainterConfig(PretrainSection):
     """Training of the decoder, before that of the denoiser."""
 
 
-class MeasureMiniatureConfig(Section):
+class ProbeConfig(Section):
+    """Train a light head by which networks are judged."""
+
+    head_steps: int = Field(250, gt=0)
+    """Updates of a head (and of the tower, where it learns from scratch)."""
+    batch_size: int = Field(16, gt=0)
+    """Pictures per update."""
+    lr: float = Field(2e-3, gt=0)
+    """Learning rate of heads and towers."""
+
+
+class MeasureMiniatureConfig(ProbeConfig):
     """Measure the miniature's CLIP and SAM on web pictures that no training saw."""
 
     num_sam_pictures: int = Field(60, gt=0)
@@ -141,12 +152,6 @@ class MeasureMiniatureConfig(Section):
     """Labelled source pictures on which heads learn."""
     num_web_val: int = Field(120, gt=0)
     """Web pictures on which heads are judged."""
-    head_steps: int = Field(250, gt=0)
-    """Updates of a head (and of the tower, where it learns from scratch)."""
-    batch_size: int = Field(16, gt=0)
-    """Source pictures per update."""
-    lr: float = Field(2e-3, gt=0)
-    """Learning rate of heads and towers."""
     num_seeds: int = Field(1, gt=0)
     """Heads trained per case."""
     more_cases: bool = False
@@ -172,6 +177,32 @@ class MeasureWriterConfig(Section):
     """Least share of first replies that are valid and distinct."""
 
 
+class MeasurePainterConfig(ProbeConfig):
+    """Have the painter paint captions of web pictures that no training saw, and judge what a
+    segmenter finds in the pictures."""
+
+    clip: str = "builtin:clip"
+    """Tower of the judging segmenter."""
+    head_steps: int = Field(600, gt=0)
+    """Updates of the judge's head."""
+    num_train: int = Field(1_000, gt=0)
+    """Labelled web pictures from which the judge learns."""
+    num_prompts: int = Field(192, gt=1)
+    """Captions to paint, of rendered pictures that serve for comparison."""
+    paint_steps: int = Field(14, gt=0)
+    """Denoising steps."""
+    guidance: float = Field(3.0, ge=0)
+    """Classifier-free guidance scale."""
+    paint_batch_size: int = Field(32, gt=0)
+    """Pictures painted at once."""
+    share: float = Field(0.4, gt=0, le=1)
+    """Gate: least part of rendered pictures' informedness that painted ones reach."""
+    variety: float = Field(0.7, gt=0)
+    """Gate: least part of rendered pictures' mean distance that painted ones keep."""
+    psnr: float = 25.0
+    """Gate: least PSNR of the autoencoder, dB."""
+
+
 class PretrainRecipe(Section):
     """The miniature's pre-trainings, as `flows/miniature.py` runs them."""
 
@@ -186,5 +217,6 @@ class PretrainRecipe(Section):
     pretrain_writer: PretrainWriterConfig = PretrainWriterConfig()
     pretrain_painter: PretrainPainterConfig = PretrainPainterConfig()
     measure_miniature: MeasureMiniatureConfig = MeasureMiniatureConfig()
+    measure_painter: MeasurePainterConfig = MeasurePainterConfig()
     measure_writer: MeasureWriterConfig = MeasureWriterConfig()
     run: Annotated[RunConfig, NOT_IN_KEY] = RunConfig()

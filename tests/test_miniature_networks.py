@@ -12,6 +12,7 @@ from models.config import MINIATURE_DIR, DecoderConfig, EncoderConfig, Segmenter
 from models.miniature import materials, sam_lessons
 from models.miniature.renderer import render
 from models.miniature.sam_network import build_sam, read_sizes
+from models.painter import load_painter
 from models.refiner import build_refiner
 from stages import write_prompts
 from stages.labels import load_labelspace
@@ -20,8 +21,8 @@ from stages.model_cards import CARD_NAME, card_digests
 from stages.shards import file_digest
 from tests.tiny import Told, stage_config, tiny_recipe
 
-CLIP, SAM, WRITER = (MINIATURE_DIR / name for name in ("clip", "sam", "writer"))
-NETWORKS = {"clip": CLIP, "sam": SAM, "writer": WRITER}
+NETWORKS = {name: MINIATURE_DIR / name for name in ("clip", "sam", "writer", "painter")}
+CLIP, SAM, WRITER, PAINTER = NETWORKS.values()
 
 
 def shipped(name: str) -> None:
@@ -48,10 +49,14 @@ def sam():
 def test_files_are_those_of_the_card(name):
     shipped(name)
     stated = card_digests(NETWORKS[name])
-    files = {p for p in NETWORKS[name].iterdir() if p.name != CARD_NAME}
-    assert {path.name for path in files} == set(stated)
+    folder = NETWORKS[name]
+    files = {p for p in folder.rglob("*") if p.is_file() and p.name != CARD_NAME}
+    assert {path.relative_to(folder).as_posix() for path in files} == set(stated)
     for path in files:
-        assert stated[path.name] == (path.stat().st_size, file_digest(path))
+        assert stated[path.relative_to(folder).as_posix()] == (
+            path.stat().st_size,
+            file_digest(path),
+        )
 
 
 def test_all_networks_together_are_small():
@@ -62,7 +67,7 @@ def test_all_networks_together_are_small():
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_weights_are_half_precision_and_finite(name):
     shipped(name)
-    for path in NETWORKS[name].glob("*.safetensors"):
+    for path in NETWORKS[name].rglob("*.safetensors"):
         for tensor_name, tensor in load_file(path).items():
             assert tensor.dtype in (torch.float16, torch.int64), tensor_name
             assert torch.isfinite(tensor.float()).all(), tensor_name
@@ -154,3 +159,16 @@ def test_write_prompts_takes_the_shipped_writer_and_needs_the_bank_for_few(tmp_p
     )
     assert summary.numbers["from_bank"] == 0
     assert summary.numbers["replies"] <= 28
+
+
+def test_pipeline_loads_the_shipped_painter_and_night_is_darker_than_day():
+    shipped("painter")
+    painter = load_painter("builtin:painter")
+    prompts = ["a photo of a city street at night"] * 4
+    prompts += ["a photo of a city street in daylight under a clear sky"] * 4
+    pictures = painter.paint(
+        prompts, seeds=list(range(8)), height=64, width=128, steps=8, guidance=3.0
+    )
+    assert np.mean(pictures[:4]) < np.mean(pictures[4:]) - 20
+    sky = np.mean([picture[:16] for picture in pictures[4:]])
+    assert sky > np.mean([picture[40:] for picture in pictures[4:]])
