@@ -39,7 +39,7 @@ class StageError(Exception):
 
     def __init__(self, instance: str, error: BaseException, kept: Path) -> None:
         self.instance, self.error, self.kept = instance, error, kept
-        self.user = isinstance(error, ValueError | OSError)
+        self.user = isinstance(error, ValueError | OSError | MemoryError)
         super().__init__(f"{instance}: {error}")
 
 

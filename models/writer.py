@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from models.hub import Source, find_model
+from models.hub import Source, find_model, loading
 from models.tensors import refusing_code
 
 RANDOM = "random"
@@ -197,10 +197,12 @@ def _load(
 ) -> Writer:
     disable_progress_bar()
     where = {"revision": revision, "local_files_only": source.local_only}
-    tokenizer = AutoTokenizer.from_pretrained(source.name, **where)
+    with loading(source.name, option="write_prompts.model"):
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **where)
     if tokenizer.chat_template is None:
         raise _no_chat_template(source.name)
-    with refusing_code(f"write_prompts.model: {source.name}"):
+    what = f"write_prompts.model: {source.name}"
+    with refusing_code(what), loading(source.name, option="write_prompts.model"):
         model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

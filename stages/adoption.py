@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from models.config import SegmenterConfig
 from stages.contracts import Progress, Summary
 from stages.labels import load_labelspace
-from stages.shards import Row, file_digest, read_jsonl, write_json, write_jsonl, write_shards
+from stages.prompt_files import read_prompts
+from stages.shards import Row, file_digest, numbered_lines, write_json, write_jsonl, write_shards
 
 if TYPE_CHECKING:
     from models.imports import ImportReport
@@ -196,31 +197,26 @@ def _pictures(path: Path, out: Path, progress: Progress) -> Summary:
 
 def _prompts(path: Path, out: Path, progress: Progress) -> Summary:
     if path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row.get("text"), str) or not row["text"].strip():
-                raise ValueError(f'{path}, line {number}: no "text", or an empty one.')
+        rows = read_prompts(path, ids=False)
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [{"text": line.strip()} for line in lines if line.strip()]
+        rows = [
+            {"id": f"{place:05d}", "text": line}
+            for place, (_, line) in enumerate(numbered_lines(path))
+        ]
     if not rows:
         raise ValueError(f"{path} holds no prompts.")
     progress.start(len(rows), "prompts")
     whole = [
         {
-            "id": row.get("id", f"{number:05d}"),
+            "id": row["id"],
             "text": row["text"].strip(),
             "attributes": row.get("attributes", {}),
             "classes": row.get("classes", []),
             "model": row.get("model", "adopted"),
             "seed": row.get("seed"),
         }
-        for number, row in enumerate(rows)
+        for row in rows
     ]
-    ids = [row["id"] for row in whole]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise ValueError(f"{path}: the id {twice!r} occurs more than once.")
     write_jsonl(out / "prompts.jsonl", whole)
     progress.advance(len(rows))
     return Summary(text=f"{len(rows)} prompts", numbers={"prompts": len(rows)})

@@ -60,19 +60,33 @@ def read_jsonl(path: Path) -> list[Row]:
         ValueError: a line is no JSON object; the message names file and line.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error.msg}): {line[:80]!r}"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}")
-        rows.append(row)
+            rows.append(parse_row(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return rows
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers from 1."""
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also cuts inside of texts
+    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def parse_row(line: str) -> Row:
+    """The JSON object on a line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}): {line[:80]!r}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {line[:80]!r}")
+    return row
 
 
 def shard_problem(folder: Path) -> str | None:

@@ -23,8 +23,9 @@ from models.painter import Painter, load_painter
 from stages.config import StageConfig, SynthesizeConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device
+from stages.prompt_files import read_prompts
 from stages.readers import Sample, load_index
-from stages.shards import Row, item_seed, read_jsonl, write_shards
+from stages.shards import Row, item_seed, write_shards
 
 JPEG_QUALITY = 95
 SAVE_THREADS = 4
@@ -103,39 +104,6 @@ def _paint(config: StageConfig, *, out: Path, progress: Progress, prompts: Path 
     )
     untrained = ", by an untrained model: noise" if painter.untrained else ""
     return _summary("painted", len(commissions), num_shards, untrained)
-
-
-def read_prompts(path: Path) -> list[Row]:
-    """The prompts of a `prompts.jsonl`, ours or written elsewhere.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is broken; the message gives its number.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `clouds --stage write_prompts`.")
-    rows = read_jsonl(path)
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        for name in ("id", "text"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(
-                    f"{path}, prompt {number}: {name!r} must be a text that is not empty, "
-                    f"got {row.get(name)!r}."
-                )
-        if row["id"] in seen:
-            raise ValueError(
-                f"{path}, prompt {number}: id {row['id']!r} was used by prompt {seen[row['id']]}."
-            )
-        if not all(letter.isalnum() or letter in "-_." for letter in row["id"]):
-            raise ValueError(
-                f"{path}, prompt {number}: id {row['id']!r} becomes a file name; use letters, "
-                "digits, '-', '_' and '.' only."
-            )
-        seen[row["id"]] = number
-    if not rows:
-        raise ValueError(f"{path} holds no prompt.")
-    return rows
 
 
 def commission(

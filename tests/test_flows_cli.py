@@ -234,7 +234,8 @@ def test_damage_to_what_was_adopted_is_named_with_a_way_out(streets, capsys, tmp
     ("stage", "content", "said"),
     [
         ("write_prompts", b"", "no prompts"),
-        ("write_prompts", b'{"text": "a"}\n{"txt": 1}\n', "line 2"),
+        ("write_prompts", b'{"text": "a"}\n\n{"txt": 1}\n{\n', "line 3: 'text' must be"),
+        ("write_prompts", b'{"text": "a", "id": "a/b"}\n', "becomes a file name"),
         ("synthesize", b"x", "no folder"),
         ("train_source", b"x", "cannot adopt"),
         ("report", b"x", "cannot be adopted"),

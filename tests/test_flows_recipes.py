@@ -95,6 +95,25 @@ def test_overrides_that_would_do_nothing_are_refused(overrides, said):
     assert instances["synthesize@1"].recipe.synthesize.steps == 9
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rounds"),
+    [
+        (["rounds.fresh_pictures=true", "write_prompts.aim=0.5"], {1: None, 2: 1, 3: 2}),
+        (["rounds.fresh_pictures=true"], {1: None, 2: None, 3: None}),
+        (["write_prompts.aim=0.5"], {None: None}),
+    ],
+)
+def test_a_rounds_prompts_aim_by_the_labels_of_the_round_before(overrides, rounds):
+    instances = build(load_recipe("camvid", ["rounds.count=3", "legs=null", *overrides]))
+    found = {}
+    for instance in instances.values():
+        if instance.stage == "write_prompts":
+            inputs = {entry.role: entry.instance for entry in instance.inputs}
+            found[instance.round] = inputs.get("labelled")
+    expected = {at: before and f"pseudo_label@{before}" for at, before in rounds.items()}
+    assert found == expected
+
+
 def test_a_recipe_in_another_encoding_is_named(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_bytes("title: Stra\u00dfe".encode("latin-1"))

@@ -86,6 +86,25 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
         load_painter(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", b"cut off"),
+        ("vae/diffusion_pytorch_model.safetensors", None),
+        ("model_index.json", b"{"),
+    ],
+)
+def test_files_that_are_missing_or_damaged_are_told_in_one_line(tmp_path, name, content):
+    save_random_painter(tmp_path, seed=0)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"^synthesize\.model: .*(fetch them again\.$|Is it whole)"
+    ):
+        load_painter(str(tmp_path))
+
+
 def test_an_unknown_hub_id_is_refused_and_says_what_to_fetch():
     with pytest.raises(FileNotFoundError, match="hf download clouds-nobody/none"):
         load_painter("clouds-nobody/none")

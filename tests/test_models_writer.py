@@ -112,6 +112,27 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         load_writer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", b"cut off"),
+        ("config.json", b"{"),
+        ("config.json", b"{}"),
+        ("tokenizer.json", b"{}"),
+    ],
+)
+def test_files_that_are_missing_or_damaged_are_told_in_one_line(tmp_path, name, content):
+    save_random_writer(tmp_path, seed=0)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"^write_prompts\.model: .*(fetch them again\.$|Is it whole)"
+    ):
+        load_writer(str(tmp_path))
+
+
 def test_clip_tokens_are_counted_with_begin_and_end():
     assert count_clip_tokens("") == 2
     assert count_clip_tokens("a street with cars") == 6

@@ -10,12 +10,20 @@ from PIL import Image
 from models.build import build_segmenter
 from models.checkpoints import load_segmenter, save_segmenter
 from models.inference import label_of, predict
-from stages import pseudo_label
+from stages import pseudo_label, write_prompts
 from stages.labels import IGNORE
 from stages.readers import read_image
 from stages.shards import read_index, shard_folders
 from tests.interruptions import Interrupted, Interrupting, digests
-from tests.tiny import CLASSES, SEGMENTER, Told, stage_config, tiny_recipe, write_pictures
+from tests.tiny import (
+    CLASSES,
+    SEGMENTER,
+    Told,
+    stage_config,
+    tiny_recipe,
+    write_labelspace,
+    write_pictures,
+)
 
 torch.set_num_threads(1)
 
@@ -64,6 +72,34 @@ def test_labels_and_confidences_are_the_segmenters_own(tmp_path, pictures, teach
         assert np.array_equal(label, scores.argmax(0))
         share = scores.max(0) / scores.sum(0)
         assert np.abs(confidence - share * 255).max() <= 0.51
+
+
+def test_the_next_rounds_prompts_aim_at_what_was_labelled_little_or_unsurely(
+    tmp_path, pictures, teacher
+):
+    rows, _, _ = labelled(tmp_path / "labelled", pictures, teacher)
+    sure = dict.fromkeys(CLASSES, 0.0)
+    for row in rows:
+        label, confidence = maps_of(row)
+        for number, name in enumerate(CLASSES):
+            sure[name] += (confidence[label == number] / 255).sum()
+    seen = sorted(pixels for pixels in sure.values() if pixels)
+    median = seen[len(seen) // 2]
+    out = tmp_path / "prompts"
+    out.mkdir()
+    write_prompts.run(
+        stage_config(
+            tiny_recipe(write_prompts={"num_prompts": 8, "aim": 1.0}), "write_prompts", round=2
+        ),
+        out=out,
+        progress=Told(),
+        labelspace=write_labelspace(tmp_path / "labelspace"),
+        labelled=tmp_path / "labelled",
+    )
+    found = json.loads((out / "statistics.json").read_text())["classes"]
+    for name, pixels in sure.items():
+        expected = min(3.0, max(1.0, (median / max(pixels, 1)) ** 0.5))
+        assert found[name]["weight"] == pytest.approx(expected, rel=0.02), name
 
 
 def test_rows_and_statistics_count_what_the_maps_hold(tmp_path, pictures, teacher):

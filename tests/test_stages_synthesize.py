@@ -10,8 +10,9 @@ from PIL import Image
 
 from models.painter import Painter
 from stages import synthesize
+from stages.prompt_files import read_prompts
 from stages.shards import item_seed, read_index, shard_folders, write_json, write_jsonl
-from stages.synthesize import commission, read_prompts
+from stages.synthesize import commission
 from tests.interruptions import Interrupted, Interrupting, digests
 from tests.tiny import Told, stage_config, street, tiny_recipe
 
@@ -253,13 +254,18 @@ def test_a_single_picture_that_does_not_fit_is_an_error_with_a_way_out(
     ("lines", "message"),
     [
         (['{"id": "a", "text": "A road."}', '{"id": "b", "text": '], "line 2: not JSON"),
-        (['{"id": "a", "text": "A road."}', '{"id": "b"}'], "prompt 2: 'text' must be"),
-        (['{"id": "a", "text": " "}'], "prompt 1: 'text' must be"),
-        (['{"text": "A road."}'], "prompt 1: 'id' must be"),
-        (['{"id": "a", "text": "x"}', '{"id": "a", "text": "y"}'], "used by prompt 1"),
+        (['{"id": "a", "text": "A road."}', '{"id": "b"}'], "line 2: 'text' must be"),
+        (['{"id": "a", "text": " "}'], "line 1: 'text' must be"),
+        (['{"text": "A road."}'], "line 1: 'id' must be"),
+        (['{"id": "a", "text": "x"}', '{"id": "a", "text": "y"}'], "used in line 1"),
         (['{"id": "../a", "text": "x"}'], "becomes a file name"),
         (["[1, 2]"], "expected a JSON object"),
-        ([], "holds no prompt"),
+        ([], "holds no prompts"),
+        (
+            ["", '{"id": "a", "text": "x"}', "", "{", "7"],
+            r"line 4: not JSON[^\n]*\n  line 5: expected",
+        ),
+        (["{"] * 8, "line 5: .*\n  and 3 more"),
     ],
 )
 def test_broken_prompts_are_named_by_their_line(tmp_path, lines, message):
