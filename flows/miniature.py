@@ -82,7 +82,7 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="pretrain_writer",
-        version=1,
+        version=2,
         verb="stages.pretrain_writer",
         does="Train the miniature's writer on planned requests and sentences put together.",
         sections=("pretrain_writer",),

@@ -71,7 +71,7 @@ class PretrainClipConfig(PretrainSection):
 class PretrainWriterConfig(PretrainSection):
     """Train the miniature's writer on requests and sentences put together by rule."""
 
-    steps: int = Field(2_000, gt=0)
+    steps: int = Field(2_400, gt=0)
     """Updates."""
     lr: float = Field(2.5e-3, gt=0)
     """Learning rate of AdamW after the warm-up."""

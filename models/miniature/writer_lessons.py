@@ -112,20 +112,26 @@ def _moment(scene: Mapping[str, str], kept: set[str], rng: random.Random) -> str
 def _things(
     scene: Mapping[str, str], classes: Sequence[str], kept: set[str], rng: random.Random
 ) -> list[str]:
-    """The classes asked for and a few others, some with where they stand."""
+    """The classes asked for and perhaps another, some with where they stand.
+
+    The classes come in the order of the request, from any of them on: which one is next can then be
+    read off the request, which a small network learns far sooner than which one is still missing.
+    """
+    start = rng.randrange(len(classes))
+    named = [*classes[start:], *classes[:start]]
     others = [name for name in _table("things") if name not in classes]
-    room = max(0, MOST_THINGS - len(classes))
-    named = [*classes, *rng.sample(others, rng.randint(0, min(1, room)))]
-    found = []
-    for name in named:
-        phrase = _phrase("things", name, rng)
-        if rng.random() < 0.15:
-            phrase += f" {_expand(rng.choice(_table('positions')), rng)}"
-        found.append(phrase)
+    if len(named) < MOST_THINGS and rng.random() < 0.5:
+        named.insert(rng.randint(0, len(named)), rng.choice(others))
+    found = [_thing(name, rng) for name in named]
     if "traffic" in kept and len(found) < MOST_THINGS:
-        found.append(_phrase("traffic", scene["traffic"], rng))
-    rng.shuffle(found)
+        found.insert(rng.randint(0, len(found)), _phrase("traffic", scene["traffic"], rng))
     return found
+
+
+def _thing(name: str, rng: random.Random) -> str:
+    position = _expand(rng.choice(_table("positions")), rng)
+    phrase = _phrase("things", name, rng)
+    return f"{phrase} {position}" if rng.random() < 0.15 else phrase
 
 
 def _enumerate(parts: Sequence[str]) -> str:
