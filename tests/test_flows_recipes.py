@@ -104,7 +104,7 @@ def test_overrides_that_would_do_nothing_are_refused(overrides, said):
     ],
 )
 def test_a_rounds_prompts_aim_by_the_labels_of_the_round_before(overrides, rounds):
-    instances = build(load_recipe("camvid", ["rounds.count=3", "legs=null", *overrides]))
+    instances = build(load_recipe("clouds_rn50_gta5", ["rounds.count=3", *overrides]))
     found = {}
     for instance in instances.values():
         if instance.stage == "write_prompts":
