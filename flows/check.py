@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from flows.engine import Engine, Listener
 from flows.pipeline import Instance
-from flows.recipes import ConfigError
+from flows.recipes import ConfigError, nearest
 from flows.store import Store
-from models.config import weights_path
+from models.config import MINIATURE_DIR, weights_path
 from stages.contracts import labelspace_file
 from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs
 
@@ -132,11 +132,23 @@ def _weights(instance: Instance, field: str) -> Finding | None:
     local = weights_path(reference)
     if local is not None:
         state = "ok" if local.exists() else "error"
-        text = str(local) if local.exists() else f"{reference!r}: {local} is not there"
-        return Finding(what=field, state=state, text=text)
+        missing = f"{reference!r}: {local} is not there{_shipped(reference)}"
+        return Finding(what=field, state=state, text=str(local) if local.exists() else missing)
     if "/" not in reference:
         return None
     return _hub(field, reference, getattr(parent, "revision", None))
+
+
+def _shipped(reference: str) -> str:
+    """What a wrong builtin:NAME could have been."""
+    if not reference.startswith("builtin:"):
+        return ""
+    return nearest(reference, [f"builtin:{card.parent.name}" for card in _cards()])
+
+
+def _cards() -> list[Path]:
+    """The cards of the networks that ship."""
+    return sorted(MINIATURE_DIR.glob("*/README.md"))
 
 
 def _is_used(instance: Instance, section: Any) -> bool:

@@ -195,10 +195,11 @@ def _clip_table(gates: Mapping[str, Any]) -> list[str]:
 
 def _writer_table(gates: Mapping[str, Any]) -> list[str]:
     lines = [
-        "First replies to a plan. Accepted: valid by every check of `prompts/replies.py`, and "
-        "neither a copy nor a near copy of one before. Follows: with a phrase of the place, time, "
-        "weather, season asked for (a rule leaves some out); strays: with one of another value "
-        "only.",
+        f"First replies to a plan, at temperature {gates['temperature']} and top_p "
+        f"{gates['top_p']}. Accepted: valid by every check of `prompts/replies.py`, and neither a "
+        f"copy nor a near copy of one before; the gate is {100 * gates['min_share']:.0f} % for the "
+        "miniature's classes. Follows: with a phrase of the place, time, weather, season asked for "
+        "(a rule leaves some out); strays: with one of another value only.",
         "",
         "| label space | replies | accepted | follows | strays | words |",
         "|---|---|---|---|---|---|",

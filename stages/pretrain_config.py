@@ -169,12 +169,12 @@ class MeasureWriterConfig(Section):
     """Requests at once."""
     max_new_tokens: int = Field(96, gt=0)
     """Longest reply."""
-    temperature: float = Field(0.9, ge=0)
-    """Sampling temperature, as `write_prompts` has it."""
-    top_p: float = Field(0.95, gt=0, le=1)
-    """Nucleus sampling, as `write_prompts` has it."""
+    temperature: float = Field(0.7, ge=0)
+    """Sampling temperature, as the recipe `miniature` has it."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Nucleus sampling, as the recipe `miniature` has it."""
     min_share: float = Field(0.95, ge=0, le=1)
-    """Least share of first replies that are valid and distinct."""
+    """Least share of first replies that are valid and distinct, for the miniature's classes."""
 
 
 class MeasurePainterConfig(ProbeConfig):

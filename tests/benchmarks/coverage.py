@@ -2,7 +2,7 @@
 
     python tests/benchmarks/coverage.py [--num 1000] [--labels miniature] [--writer builtin:writer]
 
-Runs the stage `write_prompts` itself: for the writer with as many prompts as asked for, for the
+Runs the stage `write_prompts` itself, as the recipe `miniature` sets it: for the writer with as many prompts as asked for, for the
 bank with all that it holds. `asked` counts the plan, the others the prompts that name it (of
 attributes: in the phrases that the miniature's writer learned; other words go uncounted).
 """
@@ -20,10 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from flows.recipes import load_recipe
 from models.miniature.writer_lessons import says
 from prompts.loader import load_attributes, load_bank
 from stages import write_prompts
-from stages.config import Recipe, StageConfig
+from stages.config import StageConfig
 from stages.labels import load_labelspace
 from stages.shards import read_jsonl
 
@@ -46,12 +47,11 @@ class Silent:
 
 def written(model: str, num_prompts: int, labels: str) -> dict[str, Any]:
     """`statistics.json` of the stage, "texts", and "cpu_s": seconds of this process."""
-    section = {"model": model, "num_prompts": num_prompts, "batch_size": 50}
-    config = StageConfig(
-        Recipe(write_prompts=section, run={"device": "cpu"}),
-        stage="write_prompts",
-        sections=("write_prompts",),
+    recipe = load_recipe(
+        "miniature",
+        [f"write_prompts.model={model}", f"write_prompts.num_prompts={num_prompts}"],
     )
+    config = StageConfig(recipe, stage="write_prompts", sections=("write_prompts",))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         load_labelspace(labels).save(out)
