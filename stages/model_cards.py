@@ -198,23 +198,24 @@ def _writer_table(gates: Mapping[str, Any]) -> list[str]:
         f"First replies to a plan, at temperature {gates['temperature']} and top_p "
         f"{gates['top_p']}. Accepted: valid by every check of `prompts/replies.py`, and neither a "
         f"copy nor a near copy of one before; the gate is {100 * gates['min_share']:.0f} % for the "
-        "miniature's classes. Follows: with a phrase of the place, time, weather, season asked for "
-        "(a rule leaves some out); strays: with one of another value only.",
+        "miniature's classes. Follows: with a phrase of the value asked for (sentences by rule "
+        "leave some out, and a low temperature what is rare among them); strays: with one of "
+        "another value only; both of place, season, time, weather.",
         "",
-        "| label space | replies | accepted | follows | strays | words |",
+        "| label space | replies | accepted | follows, % | strays, % | words |",
         "|---|---|---|---|---|---|",
     ]
     for labels, row in gates["label_spaces"].items():
         follows, strays = (
-            ", ".join(f"{100 * share:.1f}" for share in row[key].values())
+            ", ".join(f"{100 * share:.1f}" for _, share in sorted(row[key].items()))
             for key in ("follows", "strays")
         )
         lines.append(
-            f"| {labels} | {row['replies']} | {100 * row['accepted']:.1f} % | {follows} % "
-            f"| {strays} % | {row['mean_words']} |"
+            f"| {labels} | {row['replies']} | {100 * row['accepted']:.1f} % | {follows} "
+            f"| {strays} | {row['mean_words']} |"
         )
-    samples = next(iter(gates["label_spaces"].values()))["samples"]
-    return [*lines, "", "The first replies:", "", *(f"- {text}" for text in samples)]
+    samples = gates["label_spaces"]["miniature"]["samples"]
+    return [*lines, "", "The first accepted:", "", *(f"- {text}" for text in samples)]
 
 
 def _painter_table(gates: Mapping[str, Any]) -> list[str]:

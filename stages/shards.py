@@ -69,8 +69,18 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers from 1."""
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also cuts inside of texts
+    """The lines of a text file that are not blank, with their numbers from 1.
+
+    Raises:
+        ValueError: it is no UTF-8; the message names file and line.
+    """
+    found = path.read_bytes()
+    try:
+        lines = found.decode().split("\n")  # splitlines() also cuts inside of texts
+    except UnicodeDecodeError as error:
+        number = found.count(b"\n", 0, error.start) + 1
+        byte = found[error.start]
+        raise ValueError(f"{path}, line {number}: not UTF-8 (byte {byte:#04x})") from error
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 

@@ -236,6 +236,11 @@ def test_damage_to_what_was_adopted_is_named_with_a_way_out(streets, capsys, tmp
         ("write_prompts", b"", "no prompts"),
         ("write_prompts", b'{"text": "a"}\n\n{"txt": 1}\n{\n', "line 3: 'text' must be"),
         ("write_prompts", b'{"text": "a", "id": "a/b"}\n', "becomes a file name"),
+        (
+            "write_prompts",
+            b'{"text": "a"}\n{"text": "Stra\xdfe"}\n',
+            "line 2: not UTF-8 (byte 0xdf)",
+        ),
         ("synthesize", b"x", "no folder"),
         ("train_source", b"x", "cannot adopt"),
         ("report", b"x", "cannot be adopted"),

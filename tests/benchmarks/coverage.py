@@ -2,9 +2,10 @@
 
     python tests/benchmarks/coverage.py [--num 1000] [--labels miniature] [--writer builtin:writer]
 
-Runs the stage `write_prompts` itself, as the recipe `miniature` sets it: for the writer with as many prompts as asked for, for the
-bank with all that it holds. `asked` counts the plan, the others the prompts that name it (of
-attributes: in the phrases that the miniature's writer learned; other words go uncounted).
+Runs the stage `write_prompts` itself, as the recipe `miniature` sets it: for the writer with as
+many prompts as asked for, for the bank with all that it holds. `asked` counts the plan, the others
+the prompts that name it (of attributes: in the phrases that the miniature's writer learned; other
+words go uncounted).
 """
 
 import argparse
