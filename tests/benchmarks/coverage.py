@@ -4,8 +4,8 @@
 
 Runs the stage `write_prompts` itself, as the recipe `miniature` sets it: for the writer with as
 many prompts as asked for, for the bank with all that it holds. `asked` counts the plan, the others
-the prompts that name it (of attributes: in the phrases that the miniature's writer learned; other
-words go uncounted).
+the prompts that name it: classes by the label space's words; attributes by the phrases that the
+miniature's writer learned, and in the bank by the time, weather and season that it states.
 """
 
 import argparse
@@ -68,13 +68,11 @@ def coverage(writer: str, num_prompts: int, labels: str) -> dict[str, Any]:
     """The table: per class and per attribute value what the plan asks for and who names it."""
     ours = written(writer, num_prompts, labels)
     bank = written(write_prompts.BANK, len(load_bank()), labels)
-    sides = {"writer": ours, "bank": bank}
-    said = {
-        name: {side: _said(found["texts"], name) for side, found in sides.items()} for name in SAID
-    }
+    said = {name: _said(ours["texts"], name) for name in SAID}
+    stated = {name: counts for name, counts in bank["attributes"].items() if counts}
     return {
         "labels": labels,
-        "prompts": {side: len(found["texts"]) for side, found in sides.items()},
+        "prompts": {"writer": len(ours["texts"]), "bank": len(bank["texts"])},
         "replies": ours["replies"],
         "from_bank": ours["from_bank"],
         "cpu_s": ours["cpu_s"],
@@ -89,7 +87,8 @@ def coverage(writer: str, num_prompts: int, labels: str) -> dict[str, Any]:
         "attributes": {
             name: {
                 value: {"asked": ours["attributes"][name].get(value, 0)}
-                | ({side: said[name][side][value] for side in sides} if name in said else {})
+                | ({"writer": said[name][value]} if name in said else {})
+                | ({"bank": stated[name].get(value, 0)} if name in stated else {})
                 for value in values
             }
             for name, values in load_attributes().values.items()
