@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
 from models.config import weights_path
 
 TIMEOUT_S = 10.0
