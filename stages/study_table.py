@@ -169,6 +169,8 @@ def rows_of(
     groups: dict[tuple[str, str], dict[int, Outcome]] = {}
     for one in outcomes:
         groups.setdefault((one.case, one.model), {})[one.seed] = one
+    known = (one.figures.items() for one in outcomes)
+    figures = dict.fromkeys(name for items in known for name, value in items if value is not None)
     rows, told = [], set()
     for (case, model), group in groups.items():
         same = _same_in_every_case(groups, case, model)
@@ -198,7 +200,7 @@ def rows_of(
                 ),
                 figures={
                     name: _spread(group, seeds, lambda one, name=name: one.figures.get(name))
-                    for name in dict.fromkeys(name for one in outcomes for name in one.figures)
+                    for name in figures
                 },
                 outcomes=tuple(group.values()),
             )

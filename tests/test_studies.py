@@ -36,6 +36,7 @@ models: {source: evaluate@0, refined: "evaluate@last#refined"}
 compare: {model: source}
 figures:
   pictures: {instance: refine@last, file: statistics.json, at: num_pictures, models: [refined]}
+  nowhere: {instance: refine@last, at: no.such.number}
 """
 
 
@@ -117,6 +118,7 @@ def test_a_study_runs_shares_resumes_and_leaves_a_table(study, capsys):
     refined = written["rows"][1]
     assert refined["mean"]["num"] == 2
     assert set(refined["targets"]) == {"night"}
+    assert set(refined["figures"]) == {"pictures"}
     assert refined["figures"]["pictures"]["values"] == {"0": 2.0, "1": 2.0}
     assert len(refined["artifacts"][0]["key"]) == 20
     assert "every value" in (plan.folder / "table.md").read_text().lower()
