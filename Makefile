@@ -8,9 +8,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # One thread per test process: sums over threads depend on how many there are.
 TEST := OMP_NUM_THREADS=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 $(PY) -m pytest
-NOT_HERE := not slow and not gpu and not postgres and not faults
+NOT_HERE := not slow and not gpu and not postgres and not faults and not ray
 
-.PHONY: run ablation setup test test-faults test-slow lint deploy golden clean
+.PHONY: run ablation setup test test-faults test-ray test-slow lint deploy golden clean
 
 run: $(READY)
 	$(PY) flows/clouds.py --recipe $(RECIPE)
@@ -34,6 +34,10 @@ test: $(READY)
 
 test-faults: $(READY)
 	$(TEST) -m faults --timeout 3600 tests
+
+test-ray: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check "ray>=2.50"
+	$(TEST) -m ray --timeout 1200 tests
 
 test-slow: $(READY)
 	$(TEST) -m "slow and not gpu" --timeout 3600 tests

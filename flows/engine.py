@@ -7,7 +7,6 @@ torch. A stage runs in its staging folder, the engine commits.
 import datetime
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from flows.pipeline import Instance, build
 from flows.recipes import ConfigError, nearest
 from flows.store import Problem, Store, StoreError, key_of, output_digest, read_json
 from stages.contracts import CONTRACTS, Contract, Progress, Summary
+from stages.memory import forget_peak, is_out_of_memory, peak_memory_bytes
 from stages.shards import shard_folders, write_json
 
 Action = Literal["run", "skip", "may run", "blocked"]
@@ -453,10 +453,13 @@ class Engine:
         staging.mkdir(parents=True, exist_ok=True)
         told = _Told(self.store.progress_file(name, key), listener.stage_started(instance, resumes))
         started, clock = _now(), time.perf_counter()
+        forget_peak()  # what stages before this one left loaded still counts
         try:
             summary = execute(self.spec(instance, staging), told, lock)
         except Exception as error:
             told.save()
+            if is_out_of_memory(error):
+                error = _with_advice(error, instance)
             kept = self._keep_failure(name, key, error)
             raise StageError(name, error, kept) from error
         except BaseException:  # Ctrl-C, exit, or Prefect's signal that the run was cancelled
@@ -479,7 +482,7 @@ class Engine:
             "started": started,
             "finished": _now(),
             "seconds": round(time.perf_counter() - clock, 3),
-            "peak_memory_bytes": _peak_memory_bytes(),
+            "peak_memory_bytes": max(peak_memory_bytes(), summary.peak_memory_bytes),
             "run_id": self.run_id,
             "prefect_run_id": self.prefect_run_id,
             **provenance.facts(),
@@ -601,15 +604,19 @@ def _config_of(instance: Instance) -> dict[str, Any]:
     }
 
 
+def _with_advice(error: Exception, instance: Instance) -> MemoryError:
+    """An error for want of memory that says what helps."""
+    advice = instance.contract.saves_memory
+    told = str(error).partition("\n")[0] or type(error).__name__
+    helps = f" What needs less: {advice}." if advice and advice not in told else ""
+    full = MemoryError(f"memory does not suffice: {told}.{helps} What is finished is kept.")
+    full.__cause__ = error
+    return full
+
+
 def _say_problems(problems: Sequence[Problem]) -> str:
     shown = "; ".join(str(problem) for problem in problems[:3])
     return shown + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-
-
-def _peak_memory_bytes() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * scale
 
 
 def _now() -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flows.filesystem import lacks
 from stages.contracts import VOLATILE
 from stages.shards import file_digest, is_plain_name, stays_inside, write_json
 
@@ -107,21 +108,25 @@ class Store:
         return self.root / name / f".failed-{key}.json"
 
     def open(self) -> None:
-        """Make the folder.
+        """Make the folder, and try out what the store takes for granted of its file system.
 
         Raises:
-            StoreError: it cannot be made or written to.
+            StoreError: it cannot be made or written to, or its file system will not do.
         """
         try:
             (self.root / ".locks").mkdir(parents=True, exist_ok=True)
-            probe = self.root / ".locks" / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            problems = lacks(self.root / ".locks")
         except OSError as error:
             raise StoreError(
                 f"artifacts folder {str(self.root)!r} cannot be written to ({error.strerror}): "
                 f"choose another with --artifacts DIR."
             ) from error
+        if problems:
+            raise StoreError(
+                f"artifacts folder {str(self.root)!r} lies on a file system that finished work "
+                f"cannot be entrusted to: {'; '.join(problems)} (see flows/filesystem.py). Choose "
+                f"another with --artifacts DIR."
+            )
 
     def must_be_folder(self) -> None:
         """Refuse a root that is something else than a folder; it need not be there yet.
@@ -310,7 +315,7 @@ class Store:
             StoreError: the stage left nothing, or a link that leads elsewhere.
         """
         staging, final = self.staging(name, key), self.folder(name, key)
-        for leftover in staging.glob(".*"):
+        for leftover in [*staging.glob(".*"), *staging.glob("*.tmp")]:  # of interrupted attempts
             _remove(leftover)
         outputs = {
             path: entry

@@ -14,7 +14,15 @@ from models.config import SegmenterConfig
 from stages.contracts import Progress, Summary
 from stages.labels import load_labelspace
 from stages.prompt_files import read_prompts
-from stages.shards import Row, file_digest, numbered_lines, write_json, write_jsonl, write_shards
+from stages.shards import (
+    Row,
+    ShardJob,
+    file_digest,
+    numbered_lines,
+    write_json,
+    write_jsonl,
+    write_shards,
+)
 
 if TYPE_CHECKING:
     from models.imports import ImportReport
@@ -191,7 +199,8 @@ def _pictures(path: Path, out: Path, progress: Progress) -> Summary:
             progress.advance()
         return rows
 
-    write_shards(out, files, shard_size=_SHARD_SIZE, work=work, progress=progress, unit="pictures")
+    job = ShardJob(items=files, shard_size=_SHARD_SIZE, unit="pictures", open=lambda _: work)
+    write_shards(out, job, progress=progress)
     return Summary(text=f"{len(files)} pictures", numbers={"pictures": len(files)})
 
 

@@ -642,7 +642,16 @@ class RunConfig(Section):
     device: Annotated[str, NOT_IN_KEY] = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda, cuda:N."""
     processes: Annotated[int, NOT_IN_KEY] = Field(1, gt=0)
-    """Training processes on this machine (through accelerate)."""
+    """Processes on this machine: of a training, which share every update (through accelerate), and
+    of painting, labelling and refining, which each make whole shards. The n-th takes the n-th
+    GPU."""
+    engine: Annotated[Literal["local", "ray"], NOT_IN_KEY] = "local"
+    """Who paints, labels and refines: processes of this machine, or the nodes of a running Ray
+    cluster (found by RAY_ADDRESS), one task per shard with one GPU or core each. All nodes must see
+    the artifacts folder, and this code, under the same paths."""
+    shard_timeout_s: Annotated[float | None, NOT_IN_KEY] = Field(None, gt=0)
+    """Kill one of several local processes that takes longer for a shard, and make the shard once
+    more. The first shard includes loading the networks."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], NOT_IN_KEY] = "info"
     """Least severe log line shown."""
     stage_timeout_s: Annotated[float | None, NOT_IN_KEY] = Field(None, gt=0)

@@ -35,15 +35,15 @@ need alone):
                 set has `truth`; only ever compared with].
 `pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and
                 `<id>.confidence.png` (uint8, 0..255 = 0..1); index rows: id, label, confidence,
-                mean_confidence, classes {train id: pixels}, [truth: counts]; `statistics.json`
-                ([truth]: see `stages/truth.py`); `checkpoint.json` (the teacher's, so that class
-                names travel with the labels).
+                mean_confidence, classes {train id: pixels}, [truth: counts], [batch_size where it
+                was cut for want of memory]; `statistics.json` ([truth]: see `stages/truth.py`);
+                `checkpoint.json` (the teacher's, so that class names travel with the labels).
 `select`        `selection.jsonl`: id, kept, scores {}, reasons [], [twin], [replaces: the dropped
                 picture that a spare one stands for]; `statistics.json`.
-`refine`        shards; files `<id>.label.png`; index rows: id, label, counts, [truth];
-                `statistics.json` (num_pictures, num_fallback, components, mean_iou, untrained,
-                [accepted, trusted, automatic], [truth: before, after], classes {train id: pixels
-                before / after / kept / changed / dropped / gained, components});
+`refine`        shards; files `<id>.label.png`; index rows: id, label, counts, [truth], [batch_size
+                as above]; `statistics.json` (num_pictures, num_fallback, components, mean_iou,
+                untrained, [accepted, trusted, automatic], [truth: before, after], classes {train
+                id: pixels before / after / kept / changed / dropped / gained, components});
                 `checkpoint.json`.
 `self_train`    as `train_source`; `model.safetensors` student, `ema.safetensors` EMA teacher.
 `evaluate`      `results.json`: {"protocol": {"name", ...}, "classes": [...], "sets": {dataset:
@@ -82,7 +82,7 @@ class Progress(Protocol):
         """Announce `total` units of work, `done` of them found finished from an earlier attempt."""
 
     def advance(self, count: int = 1, **metrics: float) -> None:
-        """Report `count` more units done, and by the way the newest metrics."""
+        """Report `count` more units done (fewer, if work was lost), and the newest metrics."""
 
     def note(self, text: str) -> None:
         """Say one line worth keeping in the log."""
@@ -95,6 +95,9 @@ class Summary:
     text: str
     """For example "240 pictures, 3 shards"; no path, no duration: the engine adds them."""
     numbers: Mapping[str, float | int | str] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    """Most resident memory of any other process that worked for the stage; 0: there was none, or it
+    did not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,8 @@ class Contract:
     """Units of work that the recipe asks for (steps, pictures), for estimates."""
     exists: Callable[[Any], bool] = lambda recipe: True
     """Whether the recipe has this stage at all."""
+    saves_memory: str = ""
+    """What to change where memory does not suffice, for the error."""
 
     def sections_of(self, recipe: Any) -> tuple[str, ...]:
         """All sections that `run` may read under this recipe."""
@@ -306,6 +311,9 @@ CONTRACTS: tuple[Contract, ...] = (
         units=lambda recipe: recipe.train_source.steps,
         does="Train the segmenter on the labelled sources.",
         sections=("segmenter", "train_source"),
+        saves_memory="a higher train_source.optimiser.accumulate, or run.processes on more GPUs "
+        "(the same batch in smaller pieces), a lower train_source.batch_size, a smaller "
+        "train_source.augment.crop_height and crop_width, or precision=bf16",
         needs=(_SOURCES, _LABELSPACE, _validated("train_source")),
         numeric=True,
         weights=("segmenter.encoder.weights", "segmenter.encoder.name"),
@@ -317,6 +325,8 @@ CONTRACTS: tuple[Contract, ...] = (
         helper=True,
         does="Have a language model write scene descriptions.",
         sections=("write_prompts",),
+        saves_memory="a lower write_prompts.batch_size, a smaller write_prompts.model, or "
+        "precision=bf16",
         needs=(
             _LABELSPACE,
             Need(role="sources", stage="prepare", part="sources", when=_trains),
@@ -337,6 +347,7 @@ CONTRACTS: tuple[Contract, ...] = (
         units=_num_pictures,
         does="Paint pictures from the prompts (or collect unlabelled ones).",
         sections=("synthesize",),
+        saves_memory="a lower synthesize.batch_size, a smaller height and width, or precision=bf16",
         needs=(
             Need(role="prompts", stage="write_prompts", when=_paints),
             Need(role="unlabelled", stage="prepare", part="unlabelled", when=_collects),
@@ -354,6 +365,7 @@ CONTRACTS: tuple[Contract, ...] = (
         units=_num_pictures,
         does="Label the pictures with the teacher.",
         sections=("pseudo_label",),
+        saves_memory="a lower pseudo_label.batch_size, smaller pictures, or precision=bf16",
         needs=(Need(role="pictures", stage="synthesize"), _TEACHER),
         rounds=lambda recipe: True,
         numeric=True,
@@ -367,6 +379,7 @@ CONTRACTS: tuple[Contract, ...] = (
         units=_num_pictures,
         does="Choose which pictures are kept, with reasons.",
         sections=("select",),
+        saves_memory="a smaller select.clip, or none",
         needs=(
             Need(role="pictures", stage="synthesize"),
             Need(role="labels", stage="pseudo_label"),
@@ -383,6 +396,8 @@ CONTRACTS: tuple[Contract, ...] = (
         units=_num_pictures,
         does="Sharpen the labels with SAM.",
         sections=("refine",),
+        saves_memory="a lower refine.batch_size or refine.prompt_batch, a smaller refine.model, or "
+        "precision=bf16",
         needs=(
             Need(role="pictures", stage="synthesize"),
             Need(role="labels", stage="pseudo_label"),
@@ -402,6 +417,9 @@ CONTRACTS: tuple[Contract, ...] = (
         sections=("self_train",),
         also_reads=_online_sections,
         also_loads=lambda recipe: ("refine.weights",) if _refines_online(recipe) else (),
+        saves_memory="a higher self_train.optimiser.accumulate, or run.processes on more GPUs "
+        "(the same batch in smaller pieces), a lower self_train.batch_size, smaller crops, or "
+        "precision=bf16",
         needs=(
             _SOURCES,
             _LABELSPACE,
@@ -436,6 +454,8 @@ CONTRACTS: tuple[Contract, ...] = (
         verb="stages.evaluate",
         does="Judge a checkpoint on the unseen targets.",
         sections=("evaluate",),
+        saves_memory="a lower evaluate.batch_size, a smaller evaluate.short_side, "
+        "evaluate.mode=slide, or precision=bf16",
         needs=(
             Need(role="model", stage="self_train", at_round_0="train_source"),
             Need(role="targets", stage="prepare", part="targets"),

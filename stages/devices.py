@@ -12,12 +12,17 @@ depend on how many there are: keep `OMP_NUM_THREADS` for runs that shall be comp
 import contextlib
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from stages.config import StageConfig
+from stages.memory import is_out_of_memory
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,44 @@ def device_for(name: str, *, precision: Literal["fp32", "bf16"]) -> Device:
     return Device(device=device, dtype=dtype, reason=f"{why}; {_precision_note(device, dtype)}")
 
 
+def in_halves(
+    work: Callable[[Sequence[Item]], Sequence[Result]],
+    batch: Sequence[Item],
+    *,
+    note: Callable[[str], None],
+) -> Iterator[tuple[Result, int]]:
+    """Results of `work(batch)`, or of its halves where memory does not suffice for the whole.
+
+    Args:
+        work: returns one result per item.
+        batch: items that are worked on at once, if possible.
+        note: told when a batch is cut.
+
+    Yields:
+        Each result, with how many items were worked on at once (last bits depend on it).
+
+    Raises:
+        MemoryError: a single item does not fit.
+    """
+    try:
+        results = work(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise MemoryError("a single picture does not fit into the device's memory") from error
+        results = None  # outside this block, so that the error's frames free what they hold
+    if results is None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = (len(batch) + 1) // 2
+        note(f"out of memory with {len(batch)} pictures at once: {half} instead")
+        yield from in_halves(work, batch[:half], note=note)
+        yield from in_halves(work, batch[half:], note=note)
+        return
+    yield from ((result, len(batch)) for result in results)
+
+
 def _find(name: str) -> tuple[torch.device, str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
@@ -77,7 +120,7 @@ def _find(name: str) -> tuple[torch.device, str]:
     if index >= count:
         raise ValueError(
             f"run.device is {name!r}, but this machine has {count} CUDA devices that torch can use"
-            f" (torch {torch.__version__}); choose cpu or auto."
+            f" (torch {torch.__version__}); choose cpu or auto, or fewer run.processes."
         )
     asked = "asked for" if name != "auto" else "found"
     return torch.device(

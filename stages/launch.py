@@ -1,91 +1,74 @@
 """Run one stage, in this process or in a process group of its own that can be ended for certain.
 
     execute(spec, progress)                  in process
-    run_child(spec, progress, timeout_s=60)  in a child: python -m stages.launch SPEC.json
+    run_child(spec, progress, timeout_s=60)  in a child: python -m stages.launch SPEC.json PARENT
 
 A spec is plain JSON: {"stage", "verb", "round", "leg", "sections", "recipe", "recipe_class", "out",
-"inputs": {role: folder, or {name: folder}}}. The child tells its progress as one JSON object a line
-on its standard output ({"event": "start" | "advance" | "note" | "done" | "error", ...}); whatever
-else it prints goes to the log. It stops when its parent is gone. No torch, no Prefect here.
+"inputs": {role: folder, or {name: folder}}}. A child stops when its parent is gone; what it tells
+is described in `stages/children.py`. No torch, no Prefect here.
 
-Training stages run in `run.processes` processes of one group: the child is rank 0 and starts the
-others with the environment that `torchrun` would give them.
+Training stages run in `run.processes` processes: the child lets `accelerate launch` start them from
+the same spec file. Stages that work in shards are shared among worker processes by
+`stages/crew.py`, or among the nodes of a Ray cluster by `stages/ray_crew.py`.
 """
 
-import collections
-import contextlib
+import argparse
 import importlib
 import json
 import logging
 import os
-import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
-from typing import IO, Any
+from time import sleep
+from types import ModuleType
+from typing import IO, Any, NamedTuple
 
+from stages.children import (
+    GRACE_S,
+    USER_ERRORS,
+    Spec,
+    StageFailed,
+    StageKilled,
+    Watch,
+    be_patient,
+    process_group,
+    told_error,
+    write_spec,
+)
 from stages.config import StageConfig
 from stages.contracts import Progress, Summary
+from stages.memory import peak_memory_bytes
+from stages.shards import ShardJob, make_shard, missing_shards
+
+__all__ = ["StageFailed", "StageKilled", "be_patient", "execute", "open_spec", "run_child"]
 
 log = logging.getLogger("stages.launch")  # not __name__: in a child this module is __main__
-
-Spec = Mapping[str, Any]
 
 SPEC_KEYS = frozenset(
     {"stage", "verb", "round", "leg", "sections", "recipe", "recipe_class", "out", "inputs"}
 )
-USER_ERRORS: dict[str, type[Exception]] = {
-    error.__name__: error
-    for error in (
-        *(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
-        *(PermissionError, TimeoutError, ConnectionError, OSError, MemoryError, ImportError),
-    )
-}
-"""Errors that travel back from a child as what they were; anything else becomes StageFailed."""
 
 RANKED_VERBS = frozenset({"stages.train_source", "stages.self_train"})
-"""Stages that share their work among `run.processes` processes."""
+"""Stages that share every update among `run.processes` processes."""
 
-PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Environment of everything that computes, see `be_patient`."""
-GRACE_S = 5.0
-"""Time between asking a process group to end and killing it."""
 PARENT_CHECK_S = 0.2
 """How often a child looks whether its parent lives."""
 
 
-class StageFailed(RuntimeError):
-    """A stage's process ended without a result, or by an error that is our own mistake."""
-
-
-class StageKilled(StageFailed):
-    """A signal ended a stage's process, for want of memory perhaps."""
-
-
-def be_patient() -> None:
-    """Let OpenMP's threads sleep while they wait, unless the user chose otherwise.
-
-    By default they spin: on a machine that is busy with other work, two threads then took ten
-    times as long as one. Counts only for what is started, or imports torch, afterwards.
-    """
-    for name, value in PATIENCE.items():
-        os.environ.setdefault(name, value)
-
-
 def execute(spec: Spec, progress: Progress, *, keep_fds: Sequence[int] = ()) -> Summary:
-    """Run the stage that `spec` describes, in this process (in a child, if it takes several).
+    """Run the stage that `spec` describes, in this process (in others too, if it takes several).
 
     Args:
         spec: see the top of this module.
-        progress: told what is done.
-        keep_fds: file descriptors that a child inherits, see `run_child`.
+        progress: told what the stage tells.
+        keep_fds: file descriptors for other processes to inherit, see `run_child`.
 
     Raises:
         ValueError: the spec lacks keys or has unknown ones; and whatever the stage raises.
@@ -97,6 +80,32 @@ def execute(spec: Spec, progress: Progress, *, keep_fds: Sequence[int] = ()) -> 
         )
     if _num_ranks(spec) > 1 and "RANK" not in os.environ:
         return run_child(spec, progress, keep_fds=keep_fds)
+    opened, peak = open_spec(spec), 0
+    if _has_crew(spec) and hasattr(opened.verb, "shards"):
+        job = opened.shards(progress)
+        missing = missing_shards(opened.out, job)
+        if len(missing) > 1:
+            peak = _with_crew(spec, job, missing, progress, keep_fds)
+            progress = _Finishing(progress)
+    summary = opened.verb.run(opened.config, out=opened.out, progress=progress, **opened.inputs)
+    return replace(summary, peak_memory_bytes=peak)
+
+
+class Opened(NamedTuple):
+    """A spec's stage, ready to be called."""
+
+    verb: ModuleType
+    config: StageConfig
+    out: Path
+    inputs: Mapping[str, Any]
+
+    def shards(self, progress: Progress) -> ShardJob:
+        """The stage's work, shard by shard."""
+        return self.verb.shards(self.config, progress=progress, **self.inputs)
+
+
+def open_spec(spec: Spec) -> Opened:
+    """Import the stage of a spec and validate its settings."""
     config = StageConfig(
         _imported(spec["recipe_class"]).model_validate(spec["recipe"]),
         stage=spec["stage"],
@@ -105,13 +114,20 @@ def execute(spec: Spec, progress: Progress, *, keep_fds: Sequence[int] = ()) -> 
         leg=spec["leg"],
     )
     inputs = {role: _as_paths(value) for role, value in spec["inputs"].items()}
-    verb = importlib.import_module(spec["verb"])
-    return verb.run(config, out=Path(spec["out"]), progress=progress, **inputs)
+    return Opened(importlib.import_module(spec["verb"]), config, Path(spec["out"]), inputs)
 
 
 def _num_ranks(spec: Spec) -> int:
-    processes = spec["recipe"].get("run", {}).get("processes", 1)
-    return processes if spec["verb"] in RANKED_VERBS else 1
+    return _settings(spec).get("processes", 1) if spec["verb"] in RANKED_VERBS else 1
+
+
+def _has_crew(spec: Spec) -> bool:
+    run = _settings(spec)
+    return run.get("engine", "local") != "local" or run.get("processes", 1) > 1
+
+
+def _settings(spec: Spec) -> Mapping[str, Any]:
+    return spec["recipe"].get("run", {})
 
 
 def _imported(dotted: str) -> Any:
@@ -125,7 +141,36 @@ def _as_paths(value: str | Mapping[str, str]) -> Path | dict[str, Path]:
     return Path(value)
 
 
-# --- the parent's side ---------------------------------------------------------------------------
+def _with_crew(
+    spec: Spec,
+    job: ShardJob,
+    missing: Sequence[int],
+    progress: Progress,
+    keep_fds: Sequence[int],
+) -> int:
+    """Have the missing shards made by other processes; their largest peak memory in bytes."""
+    done = len(job.items) - sum(len(job.chunk(number)) for number in missing)
+    progress.start(len(job.items), job.unit, done=done)
+    if _settings(spec).get("engine", "local") == "ray":
+        from stages import ray_crew
+
+        return ray_crew.make_shards(spec, job, missing, progress)
+    from stages import crew
+
+    return crew.make_shards(spec, job, missing, progress, keep_fds=keep_fds)
+
+
+class _Finishing:
+    """Progress for what is left to do once a crew has made all shards: its counts are known."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.note = progress.note
+
+    def start(self, total: int, unit: str, *, done: int = 0) -> None:
+        pass
+
+    def advance(self, count: int = 1, **metrics: float) -> None:
+        pass
 
 
 def run_child(
@@ -151,156 +196,9 @@ def run_child(
     """
     with (
         tempfile.TemporaryDirectory(prefix="clouds-") as folder,
-        _process_group(_write_spec(spec, Path(folder)), keep_fds) as child,
+        process_group(write_spec(spec, Path(folder)), keep_fds=keep_fds) as child,
     ):
-        return _Watch(child, str(spec["stage"]), progress).until_done(timeout_s)
-
-
-def _write_spec(spec: Spec, folder: Path) -> Path:
-    path = folder / "spec.json"
-    path.write_text(json.dumps(spec), encoding="utf-8")
-    return path
-
-
-@contextlib.contextmanager
-def _process_group(spec_path: Path, keep_fds: Sequence[int]) -> Iterator[subprocess.Popen]:
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.Popen(
-        [sys.executable, "-m", "stages.launch", str(spec_path), str(os.getpid())],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**PATIENCE, **os.environ, "PYTHONPATH": path},
-        pass_fds=tuple(keep_fds),
-        start_new_session=True,
-    )
-    try:
-        yield child
-    finally:
-        _end_group(child)
-
-
-def _end_group(child: subprocess.Popen) -> None:
-    """Ask the group to end, then kill it; the leader is reaped last, so its number stays ours."""
-    if not _has_exited(child):
-        _signal_group(child, signal.SIGTERM)
-        deadline = monotonic() + GRACE_S
-        while monotonic() < deadline and not _has_exited(child):
-            sleep(0.02)
-    _signal_group(child, signal.SIGKILL)
-    child.wait()
-
-
-def _signal_group(child: subprocess.Popen, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, number)
-
-
-def _has_exited(child: subprocess.Popen) -> bool:
-    """Whether the leader has exited, without reaping it."""
-    if child.returncode is not None:
-        return True
-    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-
-
-class _Watch:
-    """Reads what a child says until it has said how it ended."""
-
-    def __init__(self, child: subprocess.Popen, stage: str, progress: Progress) -> None:
-        self.child, self.stage, self.progress = child, stage, progress
-        self.lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
-        self.open_streams = {"out", "err"}
-        self.last_words: collections.deque[str] = collections.deque(maxlen=20)
-        for name, stream in (("out", child.stdout), ("err", child.stderr)):
-            threading.Thread(target=self._read, args=(name, stream), daemon=True).start()
-
-    def _read(self, name: str, stream: IO[bytes]) -> None:
-        with stream:
-            for line in stream:
-                self.lines.put((name, line.decode("utf-8", errors="replace").rstrip()))
-        self.lines.put((name, None))
-
-    def until_done(self, timeout_s: float | None) -> Summary:
-        deadline = None if timeout_s is None else monotonic() + timeout_s
-        summary: Summary | None = None
-        left_open_since: float | None = None
-        while self.open_streams:
-            if deadline is not None and monotonic() > deadline:
-                break
-            try:
-                name, line = self.lines.get(timeout=0.1)
-            except queue.Empty:
-                if _has_exited(self.child):  # its own children may still hold the pipes
-                    _signal_group(self.child, signal.SIGKILL)
-                    left_open_since = left_open_since or monotonic()
-                    if monotonic() - left_open_since > GRACE_S:  # by one that left the group
-                        self.open_streams.clear()
-                continue
-            if line is None:
-                self.open_streams.discard(name)
-            elif (found := self._take(name, line)) is not None:
-                summary, deadline = found, monotonic() + GRACE_S  # for its last words, and to exit
-        if summary is not None:
-            return summary
-        if not self.open_streams:
-            raise self._obituary()
-        raise TimeoutError(
-            f"{self.stage} ran longer than {timeout_s:g} s and was ended; what it finished is "
-            f"kept. Raise run.stage_timeout_s, or run it again to go on."
-        )
-
-    def _take(self, name: str, line: str) -> Summary | None:
-        event = _event(line) if name == "out" else None
-        match event:
-            case {"event": "start", "total": total, "unit": unit, "done": done}:
-                self.progress.start(total, unit, done=done)
-            case {"event": "advance", "count": count, "metrics": metrics}:
-                self.progress.advance(count, **metrics)
-            case {"event": "note", "text": text}:
-                self.progress.note(text)
-            case {"event": "done", "text": text, "numbers": numbers}:
-                return Summary(text=text, numbers=numbers)
-            case {"event": "error"}:
-                raise self._error(event)
-            case _:
-                self.last_words.append(line)
-                log.log(_level(line), "%s: %s", self.stage, line)
-        return None
-
-    def _error(self, event: Mapping[str, str]) -> Exception:
-        known = USER_ERRORS.get(event["kind"])
-        if known is not None:
-            error: Exception = known(event["message"])
-        else:
-            error = StageFailed(f"{self.stage} failed: {event['kind']}: {event['message']}")
-        error.add_note(f"In the stage's process:\n{event['traceback']}")
-        return error
-
-    def _obituary(self) -> StageFailed:
-        code = self.child.wait()
-        kind, how = StageFailed, f"exit code {code}"
-        if code < 0:
-            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            kind, how = StageKilled, f"signal {signal.Signals(-code).name}{hint}"
-        words = "\n".join(self.last_words) or "(it printed nothing)"
-        return kind(
-            f"{self.stage}: its process ended by {how} before it was done; it last said:\n{words}"
-        )
-
-
-def _level(line: str) -> int:
-    """The level that a child's log line begins with; INFO for anything else it prints."""
-    return logging.getLevelNamesMapping().get(line.split(" ", 1)[0], logging.INFO)
-
-
-def _event(line: str) -> dict[str, Any] | None:
-    if not line.startswith('{"event"'):
-        return None
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+        return Watch(child, str(spec["stage"]), progress).until_done(timeout_s)
 
 
 # --- the child's side ----------------------------------------------------------------------------
@@ -309,10 +207,12 @@ def _event(line: str) -> dict[str, Any] | None:
 class _LineProgress:
     """Progress as JSON lines."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self.stream, self.lock = stream, threading.Lock()
+    def __init__(self, stream: IO[str], *, rank: int) -> None:
+        self.stream, self.rank, self.lock = stream, rank, threading.Lock()
 
     def tell(self, event: str, **fields: Any) -> None:
+        if self.rank and event != "error":  # what all ranks would tell, the first tells
+            return
         with self.lock:
             self.stream.write(json.dumps({"event": event, **fields}) + "\n")
             self.stream.flush()
@@ -335,95 +235,95 @@ def _stop_with_parent(parent: int) -> None:
             sleep(PARENT_CHECK_S)
         os.killpg(0, signal.SIGKILL)
 
-    if os.getpgid(0) not in (os.getpid(), parent):
+    if os.getpgid(0) != os.getpid():
         raise ValueError("a stage's process must lead a group of its own: see run_child")
     threading.Thread(target=watch, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _other_ranks(count: int, spec_path: str, progress: "_LineProgress") -> Iterator[None]:
-    """Make this process rank 0 of `count` and start the others; they end with this group."""
-    if count == 1 or "RANK" in os.environ:
-        yield
-        return
-    shared = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+def _lead_ranks(count: int, spec_path: str, progress: _LineProgress) -> int:
+    """Let `accelerate launch` start `count` training processes from the spec file, and wait.
+
+    A rank's own error is told by the rank; what is told here is that one died without a word.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count)
+    options = {
+        "num_processes": count,
+        "num_machines": 1,
+        "num_cpu_threads_per_process": threads,
+        "mixed_precision": "no",  # the trainer asks for the recipe's
+        "dynamo_backend": "no",
+        "main_process_port": 0,  # a free one
     }
-    os.environ.update(shared, RANK="0", LOCAL_RANK="0")
-    command = [sys.executable, "-m", "stages.launch", spec_path, str(os.getpid())]
-    others = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr,
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(1, count)
-    ]
-    for rank, other in enumerate(others, start=1):
-        args = (f"training process {rank} of 0..{count - 1}", other, progress)
-        threading.Thread(target=_end_with, args=args, daemon=True).start()
-    yield
-    for other in others:
-        other.wait()
-
-
-def _end_with(name: str, other: subprocess.Popen, progress: "_LineProgress") -> None:
-    """If `other` fails, end the group: rank 0 would wait for it for ever."""
-    if other.wait() != 0:
-        sleep(GRACE_S)  # a mistake that every rank finds is better told by rank 0
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    # --multi_gpu means torchrun; without GPUs the trainer's Accelerator chooses gloo
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *words]
+    ranks = subprocess.run(
+        [*launcher, "-m", "stages.launch", spec_path, "0"],
+        stdin=subprocess.DEVNULL,
+        stdout=progress.stream.fileno(),
+    )
+    if ranks.returncode != 0:
         progress.tell(
             "error",
-            kind="StageFailed",
-            message=f"{name} ended by exit code {other.returncode}; the log has its words",
+            kind="StageKilled",
+            message=f"one of the {count} training processes was killed, or died without a word "
+            f"(out of memory?); the log says which. Run it again to go on from its checkpoint.",
             traceback="",
         )
-        os.killpg(0, signal.SIGKILL)
+    return ranks.returncode
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _make_handed(spec: Spec, progress: _LineProgress) -> Summary:
+    """Make the shards whose numbers come line by line on the standard input."""
+    opened = open_spec(spec)
+    job = opened.shards(progress)
+    work = None
+    progress.tell("next", made=None)
+    for line in sys.stdin:
+        work = work or job.open(progress)
+        make_shard(opened.out, int(line), job, work)
+        progress.tell("next", made=int(line))
+    return Summary(text="")
 
 
-def _error_kind(error: BaseException) -> str:
-    """The nearest class of `error` that can travel, else its own name."""
-    names = [kind.__name__ for kind in type(error).__mro__]
-    if "OutOfMemoryError" in names:
-        return "MemoryError"
-    return next((name for name in names if name in USER_ERRORS), names[0])
-
-
-def main(spec_path: str, parent: str) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """The child: run the stage of the spec file, telling progress on the true standard output."""
-    silent = os.environ.get("RANK", "0") != "0"
-    target = os.open(os.devnull, os.O_WRONLY) if silent else os.dup(sys.stdout.fileno())
-    events = os.fdopen(target, "w", encoding="utf-8")
+    parser = argparse.ArgumentParser(prog="stages.launch")
+    parser.add_argument("spec")
+    parser.add_argument("parent", type=int, help="process to end with; 0: whoever started this")
+    parser.add_argument("--keep-fd", type=int, action="append", default=[])
+    parser.add_argument("--shards", action="store_true")
+    arguments = parser.parse_args(words)
+    rank = os.environ.get("RANK")
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints, of libraries too, go to the log
     sys.stdout.reconfigure(line_buffering=True)
-    _stop_with_parent(int(parent))
+    _stop_with_parent(arguments.parent or os.getppid())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    progress = _LineProgress(events)
+    progress = _LineProgress(events, rank=int(rank or 0))
     try:
-        spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
-        level = spec["recipe"].get("run", {}).get("log_level", "info").upper()
+        spec = json.loads(Path(arguments.spec).read_text(encoding="utf-8"))
+        level = _settings(spec).get("log_level", "info").upper()
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
         for room in ("stages", "models", "prompts"):  # others only warn
             logging.getLogger(room).setLevel(level)
         log.info("process %d", os.getpid())
-        with _other_ranks(_num_ranks(spec), spec_path, progress):
-            summary = execute(spec, progress)
+        if _num_ranks(spec) > 1 and rank is None:
+            return _lead_ranks(_num_ranks(spec), arguments.spec, progress)
+        if arguments.shards:
+            summary = _make_handed(spec, progress)
+        else:
+            summary = execute(spec, progress, keep_fds=arguments.keep_fd)
     except Exception as error:
-        text = traceback.format_exc()
-        progress.tell("error", kind=_error_kind(error), message=str(error), traceback=text)
+        told = told_error(error, traceback.format_exc())
+        if progress.rank or (rank is not None and told["kind"] not in USER_ERRORS):
+            sleep(GRACE_S)  # another rank's death, or what rank 0 finds too, is better told first
+        progress.tell("error", **told)
         return 1
-    progress.tell("done", text=summary.text, numbers=dict(summary.numbers))
+    peak = max(peak_memory_bytes(), summary.peak_memory_bytes)
+    progress.tell("done", text=summary.text, numbers=dict(summary.numbers), peak=peak)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -17,11 +17,11 @@ from PIL import Image
 from models.checkpoints import load_segmenter
 from stages.config import StageConfig
 from stages.contracts import Progress, Summary
-from stages.devices import choose_device
+from stages.devices import choose_device, in_halves
 from stages.labelling import Labeller
 from stages.labels import IGNORE
 from stages.readers import read_image, read_label
-from stages.shards import Row, read_index, write_json, write_shards
+from stages.shards import Row, ShardJob, Work, read_index, write_json, write_shards
 from stages.truth import compare, percent, quality
 
 
@@ -51,7 +51,17 @@ def run(
         FileNotFoundError: no checkpoint.
         ValueError: no picture, or a picture cannot be read.
     """
-    section = config.pseudo_label
+    which = _weights(config, teacher)
+    job = shards(config, progress=progress, pictures=pictures, teacher=teacher)
+    num_shards = write_shards(out, job, progress=progress)
+    statistics = sum_up(list(read_index(out)), which=which)
+    write_json(out / "statistics.json", statistics)
+    shutil.copyfile(teacher / "checkpoint.json", out / "checkpoint.json")
+    return _summary(statistics, num_shards)
+
+
+def shards(config: StageConfig, *, progress: Progress, pictures: Path, teacher: Path) -> ShardJob:
+    """The work shard by shard; arguments and errors as of `run`."""
     items = [
         Picture(
             id=row["id"],
@@ -62,30 +72,29 @@ def run(
     ]
     if not items:
         raise ValueError("there is no picture to label: run `clouds --stage synthesize`.")
-    device = choose_device(config)
-    which = section.weights
-    if which == "ema" and not (teacher / "ema.safetensors").is_file():
-        which = "model"
+    section = config.pseudo_label
+    which = _weights(config, teacher)
+    if which != section.weights:
         progress.note("the teacher has no moving average: its own weights are used")
-    labeller = Labeller(
-        segmenter=load_segmenter(teacher, device=device.device, which=which),
-        section=section,
-        device=device,
-        bf16=config.precision == "bf16",
-    )
-    desk = _Desk(labeller=labeller, batch_size=section.batch_size, progress=progress)
-    num_shards = write_shards(
-        out,
-        items,
-        shard_size=section.shard_size,
-        work=desk.label_shard,
-        progress=progress,
-        unit="pictures",
-    )
-    statistics = sum_up(list(read_index(out)), which=which)
-    write_json(out / "statistics.json", statistics)
-    shutil.copyfile(teacher / "checkpoint.json", out / "checkpoint.json")
-    return _summary(statistics, num_shards)
+
+    def at_desk(progress: Progress) -> Work:
+        device = choose_device(config)
+        labeller = Labeller(
+            segmenter=load_segmenter(teacher, device=device.device, which=which),
+            section=section,
+            device=device,
+            bf16=config.precision == "bf16",
+        )
+        desk = _Desk(labeller=labeller, batch_size=section.batch_size, progress=progress)
+        return desk.label_shard
+
+    return ShardJob(items=items, shard_size=section.shard_size, unit="pictures", open=at_desk)
+
+
+def _weights(config: StageConfig, teacher: Path) -> str:
+    """Which of the teacher's weights are used: those asked for, if it has them."""
+    asked = config.pseudo_label.weights
+    return "model" if asked == "ema" and not (teacher / "ema.safetensors").is_file() else asked
 
 
 def _summary(statistics: Row, num_shards: int) -> Summary:
@@ -122,9 +131,12 @@ class _Desk:
         rows = []
         for start in range(0, len(pictures), self.batch_size):
             batch = pictures[start : start + self.batch_size]
-            labelled = self.labeller.label([read_image(picture.path) for picture in batch])
-            for picture, found in zip(batch, labelled, strict=True):
+            images = [read_image(picture.path) for picture in batch]
+            labelled = in_halves(self.labeller.label, images, note=self.progress.note)
+            for picture, (found, together) in zip(batch, labelled, strict=True):
                 row = save_label(folder, picture.id, found.label_HW, found.confidence_HW)
+                if together < len(batch):
+                    row["batch_size"] = together
                 if picture.truth is not None:
                     row["truth"] = compare(found.label_HW, read_label(picture.truth))
                 rows.append(row)

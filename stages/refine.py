@@ -21,11 +21,19 @@ from PIL import Image
 from models.masks import classes_of
 from stages.config import RefineConfig, StageConfig
 from stages.contracts import Progress, Summary
-from stages.devices import choose_device
+from stages.devices import choose_device, in_halves
 from stages.labels import IGNORE
 from stages.readers import read_image, read_label
 from stages.refinement import Outcome, Refinement, Subject, load_refinement
-from stages.shards import Row, read_index, read_jsonl, write_json, write_shards
+from stages.shards import (
+    Row,
+    ShardJob,
+    Work,
+    read_index,
+    read_jsonl,
+    write_json,
+    write_shards,
+)
 from stages.truth import compare, percent, quality
 
 
@@ -64,22 +72,30 @@ def run(
         FileNotFoundError: SAM's weights are not there.
         ValueError: pictures and labels do not pair, nothing is kept, or the weights do not fit.
     """
-    section = config.refine
-    jobs = pair(pictures, labels, selection)
-    refinement = load_refinement(config, _class_names(labels), device=choose_device(config))
-    bench = _Bench(refinement=refinement, section=section, progress=progress)
-    num_shards = write_shards(
-        out,
-        jobs,
-        shard_size=section.shard_size,
-        work=bench.refine_shard,
-        progress=progress,
-        unit="pictures",
-    )
-    statistics = sum_up(read_rows(out), untrained=refinement.refiner.untrained)
+    job = shards(config, progress=progress, pictures=pictures, labels=labels, selection=selection)
+    num_shards = write_shards(out, job, progress=progress)
+    statistics = sum_up(read_rows(out), untrained=config.refine.weights is None)
     write_json(out / "statistics.json", statistics)
     shutil.copyfile(labels / "checkpoint.json", out / "checkpoint.json")
     return _summary(statistics, num_shards)
+
+
+def shards(
+    config: StageConfig, *, progress: Progress, pictures: Path, labels: Path, selection: Path
+) -> ShardJob:
+    """The work shard by shard; arguments and errors as of `run`."""
+    section = config.refine
+
+    def at_bench(progress: Progress) -> Work:
+        refinement = load_refinement(config, _class_names(labels), device=choose_device(config))
+        return _Bench(refinement=refinement, section=section, progress=progress).refine_shard
+
+    return ShardJob(
+        items=pair(pictures, labels, selection),
+        shard_size=section.shard_size,
+        unit="pictures",
+        open=at_bench,
+    )
 
 
 def _class_names(labels: Path) -> list[str]:
@@ -134,12 +150,14 @@ class _Bench:
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
             subjects = [self._read(job) for job in batch]
-            outcomes = self.refinement.refine(subjects)
-            for job, subject, outcome in zip(batch, subjects, outcomes, strict=True):
+            outcomes = in_halves(self.refinement.refine, subjects, note=self.progress.note)
+            for job, subject, (outcome, together) in zip(batch, subjects, outcomes, strict=True):
                 name = f"{subject.id.replace('/', '+')}.label.png"
                 Image.fromarray(outcome.label_HW).save(folder / name)
                 counts = count_changes(subject.label_HW, outcome)
                 row = {"id": subject.id, "label": name, "counts": counts}
+                if together < len(batch):
+                    row["batch_size"] = together
                 rows.append(row | _against_truth(job, subject, outcome))
             self.progress.advance(len(subjects))
         return rows

@@ -1,22 +1,23 @@
 """Shards: folders of at most 1000 items that are finished whole or not at all.
 
 A stage with many items cuts them into shards by config alone (never by what is left), so that every
-run composes the same shards and batches. A finished shard is renamed from `*.tmp` into place; a
-restart
-skips the shards it finds whole.
+run composes the same shards and batches. A finished shard is renamed from `.*.tmp` into place; a
+restart skips the shards it finds whole.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from stages.contracts import SHARD_ITEMS_MAX, Progress
 
-Item = TypeVar("Item")
 Row = dict[str, Any]
 
 
@@ -115,53 +116,97 @@ def shard_problem(folder: Path) -> str | None:
     return None
 
 
-def write_shards(
-    out: Path,
-    items: Sequence[Item],
-    *,
-    shard_size: int,
-    work: Callable[[Sequence[Item], Path], Sequence[Row]],
-    progress: Progress,
-    unit: str,
-) -> int:
-    """Run `work(items of one shard, folder)` for every shard that is not yet whole.
+Work = Callable[[Sequence[Any], Path], Sequence[Row]]
+"""`work(items of one shard, folder)` writes its files into the folder and returns one index row per
+item; it calls `progress.advance` itself, as it goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """What a stage makes shard by shard, and how.
+
+    A verb with a function `shards(config, *, progress, <role>, ...) -> ShardJob` can have whole
+    shards made by other processes and machines (see `stages/launch.py`).
+    """
+
+    items: Sequence[Any]
+    """All items, in the order that decides which shard each belongs to."""
+    shard_size: int
+    """Items per shard, 1..1000."""
+    unit: str
+    """What an item is called, in the plural ("pictures")."""
+    open: Callable[[Progress], Work]
+    """Loads what the work needs (networks), told its progress; called only if a shard is missing,
+    and once per process."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shard_size <= SHARD_ITEMS_MAX:
+            raise ValueError(
+                f"shard_size is {self.shard_size}; a shard holds 1 to {SHARD_ITEMS_MAX} items."
+            )
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the items fill."""
+        return -(-len(self.items) // self.shard_size)
+
+    def chunk(self, number: int) -> Sequence[Any]:
+        """The items of one shard."""
+        return self.items[number * self.shard_size : (number + 1) * self.shard_size]
+
+
+def write_shards(out: Path, job: ShardJob, *, progress: Progress) -> int:
+    """Make every shard that is not yet whole.
 
     Args:
         out: the stage's folder; shards become `out/shard-00000` and so on.
-        items: all items, in the order that decides which shard each belongs to.
-        shard_size: items per shard, 1..1000.
-        work: writes its files into the folder it is given and returns one index row per file
-        group; it
-            calls `progress.advance` itself, as it goes.
+        job: the items, and the work.
         progress: told the total, and what was found finished.
-        unit: what an item is called, in the plural ("pictures").
 
     Returns:
         The number of shards.
-
-    Raises:
-        ValueError: `shard_size` is out of range.
     """
-    if not 1 <= shard_size <= SHARD_ITEMS_MAX:
-        raise ValueError(f"shard_size is {shard_size}; a shard holds 1 to {SHARD_ITEMS_MAX} items.")
-    chunks = [items[start : start + shard_size] for start in range(0, len(items), shard_size)]
-    folders = [out / f"shard-{number:05d}" for number in range(len(chunks))]
-    whole = [folder.is_dir() and shard_problem(folder) is None for folder in folders]
-    done = sum(len(chunk) for chunk, finished in zip(chunks, whole, strict=True) if finished)
-    progress.start(len(items), unit, done=done)
-    for chunk, folder, finished in zip(chunks, folders, whole, strict=True):
-        if not finished:
-            _write_shard(folder, chunk, work)
-    return len(chunks)
+    missing = missing_shards(out, job)
+    work = job.open(progress) if missing else None
+    left = sum(len(job.chunk(number)) for number in missing)
+    progress.start(len(job.items), job.unit, done=len(job.items) - left)
+    for number in missing:
+        make_shard(out, number, job, work)
+    return job.num_shards
 
 
-def _write_shard(
-    folder: Path, chunk: Sequence[Item], work: Callable[[Sequence[Item], Path], Sequence[Row]]
-) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    for leftover in (folder, temporary):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+def missing_shards(out: Path, job: ShardJob) -> list[int]:
+    """Numbers of the shards that are not there, after removing halves and damaged ones.
+
+    For the one process that holds the stage's folder, before work is given out.
+    """
+    for leftover in out.glob(".shard-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    missing = []
+    for number in range(job.num_shards):
+        folder = shard_folder(out, number)
+        if folder.is_symlink():
+            folder.unlink()
+        if not folder.is_dir() or shard_problem(folder) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            missing.append(number)
+    return missing
+
+
+def shard_folder(out: Path, number: int) -> Path:
+    """Where a finished shard lies."""
+    return out / f"shard-{number:05d}"
+
+
+def make_shard(out: Path, number: int, job: ShardJob, work: Work) -> None:
+    """Make one shard in a folder of this process's own, then rename it into place.
+
+    Two processes may make the same shard (one of them was believed dead): they make the same bytes,
+    the first to finish is kept, and neither ever sees a half of the other's.
+    """
+    folder, chunk = shard_folder(out, number), job.chunk(number)
+    temporary = out / f".{folder.name}-{socket.gethostname()}-{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_jsonl(temporary / "index.jsonl", work(chunk, temporary))
     files = {
@@ -169,7 +214,12 @@ def _write_shard(
         for path in sorted(temporary.iterdir())
     }
     write_json(temporary / "shard.json", {"num_items": len(chunk), "files": files})
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or shard_problem(folder) is not None:
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 FILE_FIELDS = frozenset({"file", "label", "confidence"})

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from stages.contracts import Progress, Summary
 from stages.devices import choose_device
 from stages.prompt_files import read_prompts
 from stages.readers import Sample, load_index
-from stages.shards import Row, item_seed, write_shards
+from stages.shards import Row, ShardJob, Work, item_seed, read_index, write_shards
 
 JPEG_QUALITY = 95
 SAVE_THREADS = 4
@@ -66,12 +67,31 @@ def run(
         FileNotFoundError: the model, or the pictures to collect, are not to be had.
         ValueError: the prompts' file has broken lines, or an option is unknown.
     """
+    job = shards(config, progress=progress, prompts=prompts, unlabelled=unlabelled)
+    num_shards = write_shards(out, job, progress=progress)
+    verb = "collected" if config.synthesize.mode == "collect" else "painted"
+    noise = any(row["untrained"] for row in islice(read_index(out), 1))
+    remark = ", by an untrained model: noise" if noise else ""
+    return Summary(
+        text=f"{len(job.items)} pictures {verb} in {num_shards} shards{remark}",
+        numbers={"pictures": len(job.items), "shards": num_shards},
+    )
+
+
+def shards(
+    config: StageConfig,
+    *,
+    progress: Progress,
+    prompts: Path | None = None,
+    unlabelled: Path | None = None,
+) -> ShardJob:
+    """The work shard by shard; arguments and errors as of `run`."""
     if config.synthesize.mode == "collect":
-        return _collect(config.synthesize, out=out, progress=progress, unlabelled=unlabelled)
-    return _paint(config, out=out, progress=progress, prompts=prompts)
+        return _collecting(config.synthesize, progress=progress, unlabelled=unlabelled)
+    return _painting(config, prompts=prompts)
 
 
-def _paint(config: StageConfig, *, out: Path, progress: Progress, prompts: Path | None) -> Summary:
+def _painting(config: StageConfig, *, prompts: Path | None) -> ShardJob:
     section = config.synthesize
     if prompts is None:
         raise ValueError("synthesize.mode=paint needs prompts: run `clouds --stage write_prompts`.")
@@ -82,28 +102,24 @@ def _paint(config: StageConfig, *, out: Path, progress: Progress, prompts: Path 
         seed=config.seed,
         round_=config.round or 0,
     )
-    device = choose_device(config)
-    painter = load_painter(
-        section.model,
-        revision=section.revision,
-        scheduler=section.scheduler,
-        device=device.device,
-        dtype=device.dtype,
-        seed=config.seed,
+
+    def at_easel(progress: Progress) -> Work:
+        device = choose_device(config)
+        painter = load_painter(
+            section.model,
+            revision=section.revision,
+            scheduler=section.scheduler,
+            device=device.device,
+            dtype=device.dtype,
+            seed=config.seed,
+        )
+        if section.vae_tiling:
+            painter.decode_in_tiles()
+        return Easel(painter=painter, section=section, progress=progress).paint_shard
+
+    return ShardJob(
+        items=commissions, shard_size=section.shard_size, unit="pictures", open=at_easel
     )
-    if section.vae_tiling:
-        painter.decode_in_tiles()
-    easel = Easel(painter=painter, section=section, progress=progress)
-    num_shards = write_shards(
-        out,
-        commissions,
-        shard_size=section.shard_size,
-        work=easel.paint_shard,
-        progress=progress,
-        unit="pictures",
-    )
-    untrained = ", by an untrained model: noise" if painter.untrained else ""
-    return _summary("painted", len(commissions), num_shards, untrained)
 
 
 def commission(
@@ -239,9 +255,9 @@ def save_picture(path: Path, picture: np.ndarray, row: Row) -> None:
         image.save(path, quality=JPEG_QUALITY, comment=comment)
 
 
-def _collect(
-    section: SynthesizeConfig, *, out: Path, progress: Progress, unlabelled: Path | None
-) -> Summary:
+def _collecting(
+    section: SynthesizeConfig, *, progress: Progress, unlabelled: Path | None
+) -> ShardJob:
     if unlabelled is None:
         raise ValueError(
             "synthesize.mode=collect needs pictures: name data sets under data.unlabelled."
@@ -258,22 +274,17 @@ def _collect(
         )
     _check_names(chosen)
 
-    def collect_shard(part: Sequence[Sample], folder: Path) -> list[Row]:
-        rows = []
-        for sample in part:
-            rows.append(_copy(sample, folder))
-            progress.advance()
-        return rows
+    def at_album(progress: Progress) -> Work:
+        def collect_shard(part: Sequence[Sample], folder: Path) -> list[Row]:
+            rows = []
+            for sample in part:
+                rows.append(_copy(sample, folder))
+                progress.advance()
+            return rows
 
-    num_shards = write_shards(
-        out,
-        chosen,
-        shard_size=section.shard_size,
-        work=collect_shard,
-        progress=progress,
-        unit="pictures",
-    )
-    return _summary("collected", len(chosen), num_shards, "")
+        return collect_shard
+
+    return ShardJob(items=chosen, shard_size=section.shard_size, unit="pictures", open=at_album)
 
 
 def evenly_spaced(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -320,8 +331,3 @@ def _copy(sample: Sample, folder: Path) -> Row:
         "collected": True,
         "untrained": False,
     }
-
-
-def _summary(verb: str, num_images: int, num_shards: int, remark: str) -> Summary:
-    text = f"{num_images} pictures {verb} in {num_shards} shards{remark}"
-    return Summary(text=text, numbers={"pictures": num_images, "shards": num_shards})

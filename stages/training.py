@@ -365,7 +365,12 @@ class Checkpoints:
         path = self.folder / f"step-{step:08d}.pt"
         temporary = path.with_suffix(".pt.tmp")
         with temporary.open("wb") as file:
-            torch.save(dict(state), file)
+            try:
+                torch.save(dict(state), file)
+            except RuntimeError as error:  # torch closes its archive, which hides a full disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from stages.labels import load_labelspace
-from stages.shards import write_json, write_jsonl, write_shards
+from stages.shards import ShardJob, write_json, write_jsonl, write_shards
 
 SPACE = load_labelspace("cityscapes19")
 TARGETS = ("dusk", "fog")
@@ -290,7 +290,9 @@ def _synthesize(
         return rows
 
     write_shards(
-        folder, range(pictures), shard_size=4, work=work, progress=Quiet(), unit="pictures"
+        folder,
+        ShardJob(items=range(pictures), shard_size=4, unit="pictures", open=lambda _: work),
+        progress=Quiet(),
     )
 
 
@@ -340,14 +342,11 @@ def _labels(
         return work
 
     for folder, share in ((raw, 0.3), (refined, 0.1)):
-        write_shards(
-            folder,
-            range(pictures),
-            shard_size=4,
-            work=labelled(share),
-            progress=Quiet(),
-            unit="pictures",
+        work = labelled(share)
+        job = ShardJob(
+            items=range(pictures), shard_size=4, unit="pictures", open=lambda _, work=work: work
         )
+        write_shards(folder, job, progress=Quiet())
     write_jsonl(
         select / "selection.jsonl",
         [

@@ -1,11 +1,14 @@
 """Whatever dies, and whenever: the same command goes on, and the artifacts are the same.
 
 A whole small run is killed (kill -9, with all its children) at random moments, resumed without any
-manual step, and its artifacts' digests are compared with those of an undisturbed run.
+manual step, and its artifacts' digests are compared with those of an undisturbed run. `FAULTS` is
+the table of all that was tried, with where it stands and what is done again; of finished work
+nothing is ever lost.
 """
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +23,48 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "flows/clouds.py", "--recipe", "tiny"]
 LEGS = "legs={control: {self_train.labels: none}, refined: {}}"
 
+SHARD = "the shards in progress"
+STEPS = "training steps since the last checkpoint"
+FAULTS = (
+    ("kill -9 of a run, at any moment", "faults", "test_25_kills_at_random_moments", SHARD),
+    ("Ctrl-C, SIGTERM", "faults", "test_a_stop_in_the_middle_of_training_is_calm", STEPS),
+    ("kill -9 of the flow, or Prefect's worker", "flows_prefect", "test_after_kill_9_of_a", STEPS),
+    ("Prefect's server dies", "flows_prefect", "test_a_run_outlives_its_server", "nothing"),
+    ("kill -9 of a stage's process", "flows_engine", "test_a_child_that_is_killed", SHARD),
+    ("its parent dies", "stages_launch", "test_group_ends_when_its_parent_is_killed", SHARD),
+    ("kill -9 of a training's rank", "stages_ranks", "test_a_killed_rank_ends_the_stage", STEPS),
+    ("kill -9 of a worker process", "stages_crew", "test_a_lost_workers_shard_is_made", SHARD),
+    ("kill -9 of their coordinator", "stages_crew", "test_workers_end_with_their", SHARD),
+    ("a Ray node dies", "ray", "test_a_node_killed_in_the_middle_changes_nothing", SHARD),
+    ("a Ray node sees another disk", "ray", "test_a_node_that_does_not_share", "nothing"),
+    ("a stuck stage", "flows_prefect", "test_a_stuck_child_is_ended_and_tried_once_more", SHARD),
+    ("a stuck worker", "stages_crew", "test_a_lost_workers_shard_is_made_by_another", SHARD),
+    ("cancellation", "flows_prefect", "test_a_cancelled_run_leaves_no_process", STEPS),
+    ("two deployments, one folder", "flows_prefect", "test_of_two_runs_on_one_folder", "nothing"),
+    ("two commands, one folder", "flows_engine", "test_a_second_process_waits", "nothing"),
+    ("disk full at any point", "faults_disk", "test_a_disk_that_is_full_at_any_point", SHARD),
+    ("disk full at a checkpoint", "faults_disk", "test_a_checkpoint_that_found_no_room", STEPS),
+    ("a file system that cannot lock", "faults_disk", "test_a_file_system_that_will", "nothing"),
+    ("files missing, truncated, altered", "flows_engine", "test_damage_is_named_and_only", SHARD),
+    ("a manifest altered", "flows_engine", "test_damage_is_named_and_only", "its stage"),
+    ("a checkpoint truncated", "stages_training", "test_truncated_checkpoint_falls_back", STEPS),
+    ("a painted picture truncated", "stages_synthesize", "test_a_truncated_picture", SHARD),
+    ("out of memory: painting", "stages_synthesize", "test_a_batch_that_does_not_fit", "nothing"),
+    ("... labelling", "stages_pseudo_label", "test_a_batch_that_does_not_fit_into", "nothing"),
+    ("... refining", "stages_refine", "test_a_batch_that_does_not_fit_into", "nothing"),
+    ("... any other stage", "flows_engine", "test_want_of_memory_says_what_helps", STEPS),
+)
+"""What happens, tests/test_<file>.py, the test's first words, what is done again."""
 
-def start(artifacts):
+
+@pytest.mark.parametrize(("what", "file", "test", "again"), FAULTS, ids=[row[0] for row in FAULTS])
+def test_every_row_of_the_table_is_tested(what, file, test, again):
+    assert f"\ndef {test}" in (ROOT / "tests" / f"test_{file}.py").read_text(encoding="utf-8")
+
+
+def start(artifacts, *words):
     return subprocess.Popen(
-        [*COMMAND, "--artifacts", str(artifacts), "--set", LEGS],
+        [*COMMAND, "--artifacts", str(artifacts), "--set", LEGS, *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -53,13 +94,13 @@ def digests(artifacts):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Digests of an undisturbed run, and how long it took."""
+    """Digests of an undisturbed run, how long it took, and its artifacts."""
     artifacts = tmp_path_factory.mktemp("undisturbed")
     started = time.monotonic()
     process = start(artifacts)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    return digests(artifacts), time.monotonic() - started
+    return digests(artifacts), time.monotonic() - started, artifacts
 
 
 def run_with_kills(artifacts, kills, rng, longest_s):
@@ -80,7 +121,7 @@ def run_with_kills(artifacts, kills, rng, longest_s):
 
 
 def test_five_kills_at_random_moments_lose_nothing(tmp_path, undisturbed):
-    expected, elapsed_s = undisturbed
+    expected, elapsed_s, _ = undisturbed
     hit = run_with_kills(tmp_path, 5, random.Random(1), longest_s=elapsed_s / 2)
     assert hit >= 3
     assert digests(tmp_path) == expected
@@ -90,7 +131,7 @@ def test_five_kills_at_random_moments_lose_nothing(tmp_path, undisturbed):
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(5))
 def test_25_kills_at_random_moments_lose_nothing(tmp_path, undisturbed, seed):
-    expected, elapsed_s = undisturbed
+    expected, elapsed_s, _ = undisturbed
     hit = run_with_kills(tmp_path, 5, random.Random(100 + seed), longest_s=elapsed_s / 2)
     assert hit >= 3
     assert digests(tmp_path) == expected
@@ -111,3 +152,18 @@ def test_a_stop_in_the_middle_of_training_is_calm_and_loses_nothing(tmp_path, st
     assert "goes on from here" in output
     staging = next(tmp_path.glob("train_source/.staging-*"))
     assert list((staging / "state").glob("step-*.json")), "the checkpoint is kept"
+
+
+SHARED = ("synthesize", "pseudo_label", "refine")
+"""Stages that several processes share, shard by shard."""
+
+
+def test_two_workers_paint_label_and_refine_what_one_process_does(tmp_path, undisturbed):
+    expected, _, done = undisturbed
+    shutil.copytree(done, tmp_path / "artifacts", symlinks=True)
+    words = ["--from", SHARED[0], "--until", SHARED[-1], "--set", "run.processes=2"]
+    process = start(tmp_path / "artifacts", *words, *(f"--force={name}" for name in SHARED))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert sum("cached" not in line for line in output.splitlines() if "[" in line) == 3, output
+    assert digests(tmp_path / "artifacts") == expected

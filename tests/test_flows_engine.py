@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from flows.pipeline import select
 from flows.recipes import ConfigError
 from flows.runs import run
 from flows.store import Store, StoreError, listing_digest
+from stages.contracts import CONTRACTS
 from tests.toy_pipeline import Ears, engine, in_child, in_process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,6 +259,7 @@ RUN_TOY = """
 import sys
 from pathlib import Path
 from flows.runs import run
+from stages.contracts import CONTRACTS
 from tests.toy_pipeline import Ears, engine, in_process, in_child
 made = engine(Path(sys.argv[1]))
 ears = Ears()
@@ -318,8 +321,8 @@ def test_a_child_that_is_killed_fails_the_stage_and_resumes(tmp_path, monkeypatc
 
 
 def test_a_second_process_waits_and_then_finds_it_done(tmp_path):
-    first = start_process(tmp_path, "in_process", TOY_PAUSE_S="0.1")
-    wait_until(lambda: list(tmp_path.glob("numbers/.staging-*/shard-*")))
+    first = start_process(tmp_path, "in_process", TOY_PAUSE_S="0.3")
+    wait_until(lambda: list(tmp_path.glob("numbers/.staging-*")))
     second = start_process(tmp_path, "in_process")
     out_1, err_1 = first.communicate(timeout=60)
     out_2, err_2 = second.communicate(timeout=60)
@@ -365,3 +368,44 @@ def test_scratch_state_outlives_the_stage_but_not_the_commit(tmp_path):
     go(tmp_path, execute=with_state)
     assert not list(tmp_path.glob("*/*/state"))
     assert not any("state" in path for path in Store(tmp_path).newest("numbers")["outputs"])
+
+
+def test_want_of_memory_says_what_helps_and_keeps_what_is_finished(tmp_path):
+    class OutOfMemoryError(RuntimeError):
+        """As torch's."""
+
+    def full(_spec, _progress, _lock):
+        raise OutOfMemoryError("tried to allocate 20 GiB\nand more")
+
+    made = engine(tmp_path)
+    contract = replace(made.instances["numbers"].contract, saves_memory="a lower toy.count")
+    made.store.open()
+    with pytest.raises(StageError) as caught:
+        made.run_one(
+            replace(made.instances["numbers"], contract=contract), listener=Ears(), execute=full
+        )
+    assert caught.value.user
+    assert str(caught.value) == (
+        "numbers: memory does not suffice: tried to allocate 20 GiB. What needs less: a lower "
+        "toy.count. What is finished is kept."
+    )
+
+
+def test_every_stage_that_loads_a_network_says_what_saves_memory():
+    assert [c.name for c in CONTRACTS if (c.numeric or c.weights) and not c.saves_memory] == []
+
+
+def test_peak_memory_is_that_of_the_stage_not_of_the_process(tmp_path):
+    def hungry(spec, progress, lock):
+        if spec["stage"] == "numbers":
+            held = bytearray(200 * 2**20)
+            assert held
+            del held
+        return in_process(spec, progress, lock)
+
+    go(tmp_path, execute=hungry)
+    store = Store(tmp_path)
+    peaks = {name: store.newest(name)["peak_memory_bytes"] for name in ("numbers", "sum")}
+    assert peaks["numbers"] > peaks["sum"] + 150 * 2**20
+    go(tmp_path / "child", execute=in_child)
+    assert Store(tmp_path / "child").newest("numbers")["peak_memory_bytes"] > 10 * 2**20

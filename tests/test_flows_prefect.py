@@ -42,6 +42,7 @@ class Prefect:
     def __init__(self, home: Path, port: int) -> None:
         self.home, self.port, self.url = home, port, f"http://127.0.0.1:{port}/api"
         self.server: subprocess.Popen | None = None
+        self.worker: subprocess.Popen | None = None
         self.env = {name: value for name, value in os.environ.items() if "PREFECT" not in name}
         self.env |= {
             "PREFECT_HOME": str(home),
@@ -71,6 +72,10 @@ class Prefect:
         words = ("server", "start", "--host", "127.0.0.1", "--port", str(self.port))
         self.server = self.start(*words)
         until(self.answers, timeout_s=120)
+
+    def work(self) -> None:
+        """Start a worker."""
+        self.worker = self.start("worker", "start", "--pool", "clouds-local")
 
     def answers(self) -> bool:
         """Whether the server does."""
@@ -161,15 +166,14 @@ def prefect(tmp_path_factory):
         port = probe.getsockname()[1]
     home = tmp_path_factory.mktemp("prefect")
     made = Prefect(home, port)
-    worker = None
     try:
         made.serve()
         deployed = made.command("-m", "flows.deploy")
         assert deployed.returncode == 0, deployed.stdout
-        worker = made.start("worker", "start", "--pool", "clouds-local")
+        made.work()
         yield made
     finally:
-        for process in filter(None, (worker, made.server)):
+        for process in filter(None, (made.worker, made.server)):
             end(process)
 
 
@@ -365,6 +369,42 @@ def test_a_run_outlives_its_server(prefect, whole_run, tmp_path):
     run = prefect.finished(run_id)
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert "60 steps" in manifest(folder, "train_source")["summary"]["text"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["worker", "flow"])
+def test_after_kill_9_of_a_process_of_prefects_the_next_run_goes_on(
+    prefect, whole_run, tmp_path, victim
+):
+    _, done = whole_run
+    folder = tmp_path / "artifacts"
+    shutil.copytree(done, folder, symlinks=True)
+    given = {
+        "recipe": RECIPE,
+        "artifacts": str(folder),
+        "overrides": [*ONE_LEG, "train_source.steps=60"],
+        "until_stage": "train_source",
+    }
+    prefect.deploy_and_run("whole", **given)
+    told = until(lambda: progress(folder), timeout_s=90)
+    if victim == "worker":
+        prefect.worker.kill()
+        prefect.worker.wait()
+        prefect.work()
+    else:
+        children = psutil.Process(told["pid"]).children(recursive=True)
+        psutil.Process(told["pid"]).kill()
+        assert psutil.wait_procs(children, timeout=30)[1] == [], "processes that outlive the flow"
+    run = prefect.finished(prefect.deploy_and_run("whole", **given), timeout_s=300)
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    assert "60 steps" in manifest(folder, "train_source")["summary"]["text"]
+    assert Store(folder).problems(*whole(folder, "train_source"), full=True) == []
+
+
+def whole(folder: Path, name: str) -> tuple[Path, dict]:
+    """The newest artifact of an instance: its folder, and its manifest."""
+    found = manifest(folder, name)
+    return folder / name / found["key"], found
 
 
 @pytest.mark.faults

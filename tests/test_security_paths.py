@@ -12,6 +12,7 @@ from flows.store import Store, StoreError, digest_of
 from stages.adoption import adopt
 from stages.readers import load_index
 from stages.shards import (
+    ShardJob,
     is_plain_name,
     read_index,
     shard_problem,
@@ -152,14 +153,13 @@ def test_a_stage_cannot_leave_a_link_in_a_shard(tmp_path):
 @pytest.mark.parametrize("field", ["file", "label", "confidence"])
 @pytest.mark.parametrize("name", [*OUTSIDE, "deeper/a.png"])
 def test_an_index_cannot_name_a_file_outside_its_shard(tmp_path, field, name):
-    write_shards(
-        tmp_path,
-        ["a"],
+    job = ShardJob(
+        items=["a"],
         shard_size=1,
-        work=lambda items, folder: [{"id": "a", field: name}],
-        progress=Told(),
         unit="pictures",
+        open=lambda _: lambda items, folder: [{"id": "a", field: name}],
     )
+    write_shards(tmp_path, job, progress=Told())
     with pytest.raises(ValueError, match=rf"index\.jsonl: '{field}' of 'a' is .* no file of its"):
         list(read_index(tmp_path))
 

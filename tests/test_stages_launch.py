@@ -140,7 +140,7 @@ def test_death_of_a_child_is_told_with_its_last_words(spec_of):
 
 
 def test_process_that_left_the_group_does_not_hold_up_its_parent(spec_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.launch.GRACE_S", 0.3)
+    monkeypatch.setattr("stages.children.GRACE_S", 0.3)
     started = monotonic()
     try:
         with pytest.raises(StageFailed, match="exit code 3"):
@@ -171,7 +171,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no
 @needs_proc
 @pytest.mark.parametrize("reason", ["timeout", "exception"])
 def test_whole_group_is_gone_after(spec_of, tmp_path, monkeypatch, reason):
-    monkeypatch.setattr("stages.launch.GRACE_S", 0.3)  # the stage ignores the polite signal
+    monkeypatch.setattr("stages.children.GRACE_S", 0.3)  # the stage ignores the polite signal
 
     class Impatient(Told):
         def note(self, text):
@@ -213,7 +213,7 @@ def test_group_ends_when_its_parent_is_killed(spec_of, tmp_path):
 def test_child_keeps_a_lock_open_until_it_is_gone(spec_of, tmp_path, monkeypatch):
     import fcntl
 
-    monkeypatch.setattr("stages.launch.GRACE_S", 0.3)
+    monkeypatch.setattr("stages.children.GRACE_S", 0.3)
     path = tmp_path / "lock"
     mine = path.open("w")
     fcntl.flock(mine, fcntl.LOCK_EX)

@@ -211,3 +211,30 @@ def test_bad_input_is_refused_with_the_way_out(tmp_path, pictures, teacher):
     (broken / "shard-00000" / "p1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"p1\.png"):
         labelled(tmp_path / "c", broken, teacher)
+
+
+@pytest.mark.parametrize("fits", [1, 0])
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_recorded(
+    tmp_path, pictures, teacher, monkeypatch, fits
+):
+    whole, _, _ = labelled(tmp_path / "whole", pictures, teacher, batch_size=1)
+    sizes = []
+
+    def predict_little(segmenter, images, **how):
+        sizes.append(len(images))
+        if len(images) > fits:
+            raise torch.OutOfMemoryError("not enough")
+        return predict(segmenter, images, **how)
+
+    monkeypatch.setattr("stages.labelling.predict", predict_little)
+    told = Told()
+    if not fits:
+        with pytest.raises(MemoryError, match="a single picture does not fit"):
+            labelled(tmp_path / "out", pictures, teacher, progress=told)
+        return
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, progress=told)
+    assert sizes == [2, 1, 1, 2, 1, 1, 1]
+    assert [row.get("batch_size") for row in rows] == [1, 1, 1, 1, None]
+    assert told.notes[-1] == "out of memory with 2 pictures at once: 1 instead"
+    for row, alone in zip(rows, whole, strict=True):
+        assert np.array_equal(maps_of(row)[0], maps_of(alone)[0])

@@ -18,7 +18,7 @@ from models.refiner import build_refiner
 from stages import refine
 from stages.labels import IGNORE, load_labelspace
 from stages.refine import count_changes
-from stages.refinement import Outcome
+from stages.refinement import Outcome, Refinement
 from stages.shards import item_seed, read_index, shard_folders, write_jsonl
 from tests.interruptions import Interrupted, Interrupting, digests
 from tests.tiny import (
@@ -303,3 +303,23 @@ def test_missing_weights_stop_the_stage_before_any_work(tmp_path, inputs):
     with pytest.raises(FileNotFoundError, match=r"refine\.weights"):
         refined(tmp_path / "out", inputs, model="vit_b", weights="none.pth", progress=told)
     assert told.started == []
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_recorded(
+    tmp_path, inputs, monkeypatch
+):
+    whole, _, _ = refined(tmp_path / "whole", inputs, batch_size=1)
+    refine, sizes = Refinement.refine, []
+
+    def refine_little(self, subjects):
+        sizes.append(len(subjects))
+        if len(subjects) > 1:
+            raise torch.OutOfMemoryError("not enough")
+        return refine(self, subjects)
+
+    monkeypatch.setattr(Refinement, "refine", refine_little)
+    rows, _, _ = refined(tmp_path / "out", inputs, batch_size=3, shard_size=3)
+    assert sizes == [3, 2, 1, 1, 1, 2, 1, 1]
+    assert [row["batch_size"] for row in rows] == [1] * 5
+    for row, alone in zip(rows, whole, strict=True):
+        assert np.array_equal(label_of(row), label_of(alone))

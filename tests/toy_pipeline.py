@@ -100,9 +100,9 @@ def engine(root: Path, *, force: frozenset[str] = frozenset(), **settings: Any) 
     return Engine(recipe=recipe, store=Store(root), contracts=CONTRACTS, force=force)
 
 
-def in_process(spec: Any, progress: Any, _lock: int) -> Any:
+def in_process(spec: Any, progress: Any, lock: int) -> Any:
     """The executor of local runs."""
-    return execute(spec, progress)
+    return execute(spec, progress, keep_fds=(lock,))
 
 
 def in_child(spec: Any, progress: Any, lock: int) -> Any:
