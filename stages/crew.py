@@ -101,7 +101,7 @@ class _Crew:
                 with group as child:
                     worker = _Worker(child, self)
                     try:
-                        self._gone_home(worker.until_done(self.timeout_s, self.stop))
+                        self._gone_home(worker.until_done(None, self.stop))
                     except (StageKilled, TimeoutError) as error:
                         self._give_again(worker, error)
             except Stopped:
@@ -161,7 +161,7 @@ class _Worker(Watch):
     def too_long(self, timeout_s: float | None) -> str:
         """What is said of a worker that was stuck."""
         return (
-            f"a worker took longer than {timeout_s:g} s for shard {self.shard} and was ended. "
+            f"a worker took longer than {self.crew.timeout_s:g} s for shard {self.shard} and was ended. "
             f"Raise run.shard_timeout_s, or lower {self.stage}.shard_size."
         )
 

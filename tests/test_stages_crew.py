@@ -73,7 +73,7 @@ def test_shards_are_the_same_for_any_number_of_workers(tmp_path, expected):
     ("misfortune", "run", "told"),
     [
         ({"TOY_KILL_ONCE": "7"}, {}, "ended by signal SIGKILL"),
-        ({"TOY_HANG_ONCE": "7"}, {"shard_timeout_s": 4.0}, "took longer than 4 s for shard 2"),
+        ({"TOY_HANG_ONCE": "7"}, {"shard_timeout_s": 8.0}, "took longer than 8 s for shard 2"),
     ],
 )
 def test_a_lost_workers_shard_is_made_by_another(
