@@ -161,8 +161,8 @@ class _Worker(Watch):
     def too_long(self, timeout_s: float | None) -> str:
         """What is said of a worker that was stuck."""
         return (
-            f"a worker took longer than {self.crew.timeout_s:g} s for shard {self.shard} and was ended. "
-            f"Raise run.shard_timeout_s, or lower {self.stage}.shard_size."
+            f"a worker took longer than {self.crew.timeout_s:g} s for shard {self.shard} and was "
+            f"ended. Raise run.shard_timeout_s, or lower {self.stage}.shard_size."
         )
 
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
