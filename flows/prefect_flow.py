@@ -16,10 +16,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 from uuid import UUID
 
+from httpx import HTTPStatusError
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -28,7 +30,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.settings import get_current_settings
@@ -156,7 +158,8 @@ def run_here(**parameters: Any) -> dict[str, Any]:
         The record's id and instances.
 
     Raises:
-        ConfigError: no server is set, or none answers; none is ever started behind one's back.
+        ConfigError: no server is set, none answers, or it asks for a password; none is ever
+            started behind one's back.
     """
     url = get_current_settings().api.url
     start = "start one with `prefect server start`, then set PREFECT_API_URL to its address"
@@ -167,12 +170,29 @@ def run_here(**parameters: Any) -> dict[str, Any]:
         )
     with get_client(sync_client=True) as client:
         problem = client.api_healthcheck()
+        admitted = problem is not None or _is_admitted(client)
     if problem is not None:
         raise ConfigError(
             f"no Prefect server answers at {url} ({problem or type(problem).__name__}): {start}, "
             f"or use --runner local."
         )
+    if not admitted:
+        raise ConfigError(
+            f"the Prefect server at {url} asks for a password: set PREFECT_API_AUTH_STRING to its "
+            f"user:password, or use --runner local."
+        )
     return clouds(**parameters)
+
+
+def _is_admitted(client: SyncPrefectClient) -> bool:
+    """Whether the server takes our password, if it asks for one (its health page never does)."""
+    try:
+        client.api_version()
+    except HTTPStatusError as error:
+        if error.response.status_code == HTTPStatus.UNAUTHORIZED:
+            return False
+        raise
+    return True
 
 
 # One task per instance

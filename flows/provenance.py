@@ -1,6 +1,7 @@
 """Facts about this code and machine that a manifest records: versions, revision, host, device."""
 
 import importlib.metadata
+import os
 import platform
 import socket
 import subprocess
@@ -47,10 +48,13 @@ def _versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
-    """Revision of the checkout this code runs from, "+" if it has changes; None outside of one."""
+    """Revision of the checkout this code runs from, "+" if it has changes.
+
+    Outside of one that of the environment, which an image brings along, or None.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("CLOUDS_REVISION") or None
     try:
         revision = _git(root, "rev-parse", "--short=12", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")

@@ -3,16 +3,11 @@
 pytest -m "prefect and not faults" tests/test_flows_prefect.py
 """
 
-import contextlib
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
@@ -22,6 +17,7 @@ from flows.engine import StageError
 from flows.gpus import count_gpus, wants_gpu
 from flows.store import Store
 from tests import toy_pipeline
+from tests.prefect_server import PASSWORD, Prefect, end, until
 
 pytestmark = [pytest.mark.prefect]
 
@@ -33,162 +29,19 @@ INSTANCES = [
     *("render_world", "prepare", "train_source", "write_prompts", "synthesize", "evaluate@0"),
     *("pseudo_label@1", "select@1", "refine@1", "self_train@1", "evaluate@1", "report"),
 ]
-FINAL = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
-
-
-class Prefect:
-    """A server with a worker, spoken to as a user (commands) and as a page (its HTTP interface)."""
-
-    def __init__(self, home: Path, port: int) -> None:
-        self.home, self.port, self.url = home, port, f"http://127.0.0.1:{port}/api"
-        self.server: subprocess.Popen | None = None
-        self.worker: subprocess.Popen | None = None
-        self.env = {name: value for name, value in os.environ.items() if "PREFECT" not in name}
-        self.env |= {
-            "PREFECT_HOME": str(home),
-            "PREFECT_API_URL": self.url,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "DO_NOT_TRACK": "1",
-            "OMP_NUM_THREADS": "1",
-            "NO_COLOR": "1",
-            "COLUMNS": "200",
-        }
-
-    def command(self, *words: str, **env: str) -> subprocess.CompletedProcess:
-        """Run a Python program's command line against the server."""
-        return subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=self.env | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        )
-
-    def serve(self) -> None:
-        """Start the server and wait until it answers."""
-        words = ("server", "start", "--host", "127.0.0.1", "--port", str(self.port))
-        self.server = self.start(*words)
-        until(self.answers, timeout_s=120)
-
-    def work(self) -> None:
-        """Start a worker."""
-        self.worker = self.start("worker", "start", "--pool", "clouds-local")
-
-    def answers(self) -> bool:
-        """Whether the server does."""
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            return self.ask("health") is True
-        return False
-
-    def start(self, *words: str) -> subprocess.Popen:
-        """Start `prefect WORDS`, its output in a log."""
-        with (self.home / f"{words[0]}.log").open("a") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "prefect", *words],
-                cwd=self.home,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def deploy_and_run(self, deployment: str, **parameters) -> str:
-        """`prefect deployment run`; the flow run's id."""
-        words = [
-            f"--param={name}={value if isinstance(value, str) else json.dumps(value)}"
-            for name, value in parameters.items()
-        ]
-        done = self.command("-m", "prefect", "deployment", "run", f"clouds/{deployment}", *words)
-        assert done.returncode == 0, done.stdout
-        return next(line.split()[-1] for line in done.stdout.splitlines() if "UUID" in line)
-
-    def ask(self, path: str, **body) -> object:
-        """A question to the server."""
-        data = json.dumps(body).encode() if body else None
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/{path}", data=data, headers=headers)
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.load(answer)
-
-    def finished(self, run_id: str, *, timeout_s: float = 180) -> dict:
-        """The flow run, once it has ended."""
-        return until(
-            lambda: (
-                found
-                if (found := self.ask(f"flow_runs/{run_id}"))["state"]["type"] in FINAL
-                else None
-            ),
-            timeout_s=timeout_s,
-        )
-
-    def _of_run(self, path: str, run_id: str) -> list[dict]:
-        return self.ask(path, flow_runs={"id": {"any_": [run_id]}}, limit=200)
-
-    def tasks(self, run_id: str, *, count: int) -> dict[str, dict]:
-        """The task runs by name, in order (they reach the server a moment after they end)."""
-        found = until(
-            lambda: (
-                tasks
-                if len(tasks := self._of_run("task_runs/filter", run_id)) >= count
-                and all(task["state_type"] in FINAL for task in tasks)
-                else None
-            ),
-            timeout_s=30,
-        )
-        return {task["name"]: task for task in sorted(found, key=lambda task: task["start_time"])}
-
-    def artifacts(self, run_id: str) -> dict[str, dict]:
-        """What the run shows beside its states, by key."""
-        return {item["key"]: item for item in self._of_run("artifacts/filter", run_id)}
-
-    def log_lines(self, run_id: str) -> list[dict]:
-        """The run's logs."""
-        return self.ask("logs/filter", logs={"flow_run_id": {"any_": [run_id]}}, limit=200)
-
-
-def until(look, *, timeout_s: float, every_s: float = 0.25):
-    """What `look` returns, once that is something."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := look()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(every_s)
-    return found
 
 
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory):
     """A server of its own, deployed to as a user does, with a worker."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    home = tmp_path_factory.mktemp("prefect")
-    made = Prefect(home, port)
+    made = Prefect(tmp_path_factory.mktemp("prefect"))
     try:
         made.serve()
-        deployed = made.command("-m", "flows.deploy")
-        assert deployed.returncode == 0, deployed.stdout
+        made.deploy()
         made.work()
         yield made
     finally:
-        for process in filter(None, (made.worker, made.server)):
-            end(process)
-
-
-def end(process: subprocess.Popen, *, patience_s: float = 10) -> None:
-    """Stop a process and whatever it started; at once where there is no patience."""
-    family = [psutil.Process(process.pid)]
-    family += family[0].children(recursive=True)
-    if patience_s:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=patience_s)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait(timeout=10)
+        made.stop()
 
 
 @pytest.fixture(scope="session")
@@ -465,7 +318,6 @@ def test_no_server_is_started_behind_the_users_back(prefect, tmp_path):
 
 
 WITHOUT_LIMIT = """
-import sys
 from flows import prefect_flow
 prefect_flow.GPU_LIMIT = "no-such-limit"
 prefect_flow.run_here(recipe=sys.argv[1], artifacts=sys.argv[2], stage="train_source",
@@ -479,6 +331,46 @@ def test_a_missing_gpu_limit_names_the_command_that_makes_it(prefect, whole_run)
     assert done.returncode != 0
     assert "no concurrency limit 'no-such-limit'" in done.stdout
     assert "`make deploy` makes it" in done.stdout
+
+
+def test_the_server_listens_on_loopback_alone(prefect):
+    members = [psutil.Process(prefect.server.pid)]
+    members += members[0].children(recursive=True)
+    listening = [
+        connection.laddr.ip
+        for member in members
+        for connection in member.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert set(listening) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("password", [None, "clouds:wrong", "clouds:"])
+def test_the_server_answers_nobody_without_its_password(prefect, password):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        prefect.ask("deployments/filter", password=password, limit=1)
+    assert refused.value.code == 401
+    assert prefect.ask("health", password=password) is True, "probes need none"
+
+
+def test_who_lacks_the_password_is_told_where_it_belongs(prefect, tmp_path):
+    typed_without = typed(prefect, tmp_path, PREFECT_API_AUTH_STRING="")
+    assert typed_without.returncode == 2, typed_without.stdout
+    assert "asks for a password: set PREFECT_API_AUTH_STRING" in typed_without.stdout
+    deployed = prefect.command("-m", "flows.deploy", PREFECT_API_AUTH_STRING="clouds:wrong")
+    assert deployed.returncode != 0
+    assert "set PREFECT_API_AUTH_STRING to its user:password" in deployed.stdout
+
+
+def test_the_password_is_in_no_artifact_log_or_page(prefect, whole_run):
+    run, folder = whole_run
+    secret = PASSWORD.partition(":")[2].encode()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if secret in path.read_bytes()]
+    logs = [path for path in prefect.home.rglob("*.log") if secret in path.read_bytes()]
+    assert not logs
+    told = json.dumps([prefect.log_lines(run["id"]), prefect.artifacts(run["id"]), run])
+    assert secret.decode() not in told
 
 
 def test_deploying_again_changes_nothing_and_limits_gpus(prefect):
