@@ -199,25 +199,29 @@ def test_the_variants_deploy_the_same_as_the_checkout(target):
         assert env == original["work_pool"]["job_variables"]["env"]
 
 
-def test_a_kubernetes_job_has_its_volumes_gpus_and_no_rights():
+def job_of(target: str, **settings) -> dict:
+    """The job of a target's first deployment, as a worker fills the template in."""
     from prefect.utilities.templating import apply_values
 
-    template = template_of("kubernetes")
+    template = template_of(target)
     defaults = {
         name: about["default"]
         for name, about in template["variables"]["properties"].items()
         if "default" in about
     }
-    given = deployments_of("kubernetes")[0]["work_pool"]["job_variables"] | {"gpu_count": 2}
-    job = apply_values(template["job_configuration"], defaults | given)
-    pod = job["job_manifest"]["spec"]["template"]["spec"]
+    given = deployments_of(target)[0]["work_pool"]["job_variables"]
+    return apply_values(template["job_configuration"], defaults | given | settings)
+
+
+def test_a_kubernetes_job_has_its_volumes_gpus_and_no_rights():
+    pod = job_of("kubernetes", gpu_count=2)["job_manifest"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["image"] == "clouds:cpu"
     assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 2}
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts["artifacts"] == "/opt/clouds/artifacts"
     assert {volume["name"] for volume in pod["volumes"]} == mounts.keys()
-    claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"][:3]]
+    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"][:3]]
     assert claims == ["clouds-artifacts", "clouds-cache", "clouds-data"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
@@ -235,29 +239,18 @@ def test_laying_over_merges_mappings_and_lists():
     assert laid_over({"a": [1, 2]}, {"a": [3]}) == {"a": [3, 2]}
 
 
-def test_prefects_own_kubernetes_worker_takes_the_template():
+def test_prefects_own_kubernetes_worker_takes_the_job():
     worker = pytest.importorskip(
         "prefect_kubernetes.worker", reason="no prefect-kubernetes: pip install '.[kubernetes]'"
     )
-    import asyncio
-
-    given = deployments_of("kubernetes")[0]["work_pool"]["job_variables"]
-    made = asyncio.run(
-        worker.KubernetesWorkerJobConfiguration.from_template_and_values(
-            template_of("kubernetes"), given
-        )
-    )
-    assert made.job_manifest["spec"]["template"]["spec"]["volumes"]
+    made = worker.KubernetesWorkerJobConfiguration(**job_of("kubernetes"))
+    assert len(made.job_manifest["spec"]["template"]["spec"]["volumes"]) == 4
 
 
-def test_prefects_own_docker_worker_takes_the_settings():
+def test_prefects_own_docker_worker_takes_the_job():
     worker = pytest.importorskip(
         "prefect_docker.worker", reason="no prefect-docker: pip install '.[docker]'"
     )
-    import asyncio
-
-    given = deployments_of("docker")[0]["work_pool"]["job_variables"]
-    made = asyncio.run(
-        worker.DockerWorkerJobConfiguration.from_template_and_values(template_of("docker"), given)
-    )
-    assert made.volumes == given["volumes"]
+    made = worker.DockerWorkerJobConfiguration(**job_of("docker"))
+    assert (made.image, made.mem_limit) == ("clouds:cpu", "8g")
+    assert "clouds-artifacts:/opt/clouds/artifacts" in made.volumes
