@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from flows.deploy import TARGETS
 from flows.store import Store
+from tests.prefect_server import Prefect
 
 pytestmark = pytest.mark.containers
 
@@ -67,6 +69,33 @@ def test_the_linter_of_compose_files_finds_what_it_is_for(tmp_path):
     done = subprocess.run([tool("dclint"), broken], capture_output=True, text=True)
     assert done.returncode != 0
     assert "memory_limits" in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Prefect(tmp_path_factory.mktemp("prefect"))
+    try:
+        made.serve()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.mark.parametrize("target", ["docker", "kubernetes"])
+def test_a_real_server_takes_pool_and_deployments_twice(server, target):
+    for _ in range(2):
+        done = server.command("-m", "flows.deploy", "--to", target, "--image", "clouds:test")
+        assert done.returncode == 0, done.stdout
+    pool = server.ask(f"work_pools/{TARGETS[target].pool}")
+    assert pool["type"] == target
+    deployed = server.ask("deployments/filter", work_pools={"name": {"any_": [pool["name"]]}})
+    assert {entry["name"] for entry in deployed} == {
+        name + TARGETS[target].suffix for name in ("whole", "stage", "evaluate")
+    }
+    assert {entry["job_variables"]["image"] for entry in deployed} == {"clouds:test"}
+    if target == "kubernetes":
+        pod = pool["base_job_template"]["job_configuration"]["job_manifest"]["spec"]["template"]
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
 
 
 @pytest.fixture(scope="module")
