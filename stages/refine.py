@@ -8,7 +8,6 @@ rule `agreement` a mask counts where it agrees with the teacher (`models/refine_
 rules of other papers label SAM's automatic masks (`models/published_rules.py`).
 """
 
-import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from models.checkpoints import describe_checkpoint
 from models.masks import classes_of
 from stages.config import RefineConfig, StageConfig
 from stages.contracts import Progress, Summary
@@ -87,8 +87,10 @@ def shards(
     section = config.refine
 
     def at_bench(progress: Progress) -> Work:
-        refinement = load_refinement(config, _class_names(labels), device=choose_device(config))
-        return _Bench(refinement=refinement, section=section, progress=progress).refine_shard
+        names = describe_checkpoint(labels)["class_names"]
+        refinement = load_refinement(config, names, device=choose_device(config))
+        bench = _Bench(refinement=refinement, class_names=names, section=section, progress=progress)
+        return bench.refine_shard
 
     return ShardJob(
         items=pair(pictures, labels, selection),
@@ -96,11 +98,6 @@ def shards(
         unit="pictures",
         open=at_bench,
     )
-
-
-def _class_names(labels: Path) -> list[str]:
-    card = json.loads((labels / "checkpoint.json").read_text(encoding="utf-8"))
-    return card.get("class_names", [])
 
 
 def pair(pictures: Path, labels: Path, selection: Path) -> list[Job]:
@@ -141,6 +138,7 @@ class _Bench:
     """Refines the pictures of one shard after the other."""
 
     refinement: Refinement
+    class_names: Sequence[str]
     section: RefineConfig
     progress: Progress
 
@@ -167,12 +165,15 @@ class _Bench:
         confidence_HW = None
         if self.refinement.needs_confidence:
             confidence_HW = _read_map(job, job.confidence, image).astype(np.float32) / 255
-        return Subject(
-            id=job.id,
-            image=image,
-            label_HW=_read_map(job, job.label, image),
-            confidence_HW=confidence_HW,
-        )
+        label_HW = _read_map(job, job.label, image)
+        unknown = [k for k in classes_of(label_HW) if k >= len(self.class_names)]
+        if unknown:
+            raise ValueError(
+                f"{job.label.name} of picture {job.id} holds train id {unknown[0]}, but its labels "
+                f"have {len(self.class_names)} classes ({', '.join(self.class_names)}; 255: none): "
+                "it was made for another label space. Run `clouds --from pseudo_label`."
+            )
+        return Subject(id=job.id, image=image, label_HW=label_HW, confidence_HW=confidence_HW)
 
 
 def _against_truth(job: Job, subject: Subject, outcome: Outcome) -> Row:

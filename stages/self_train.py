@@ -16,7 +16,7 @@ from stages.labels import LabelSpace, read_labelspace
 from stages.objectives import SegmentationObjective, load_sources
 from stages.online import OnlineTeacher
 from stages.readers import Sample, load_painted
-from stages.shards import item_seed
+from stages.shards import item_seed, read_index
 from stages.training import Trainer
 from stages.trust import trusted
 from stages.validation import segmenter_validation, told
@@ -161,8 +161,22 @@ def _painted(
         )
     names = describe_checkpoint(labels)["class_names"]
     _require_classes(names, space, whose=f"the network that made the labels in {labels}")
+    _require_known_ids(labels, space)
     samples = load_painted(pictures, labels, selection)
     return trusted(samples, evidence, section) if evidence is not None else samples
+
+
+def _require_known_ids(labels: Path, space: LabelSpace) -> None:
+    """Refuse label maps whose index counts train ids that the label space does not have."""
+    for row in read_index(labels):
+        counted = row.get("classes") or row.get("counts", {}).get("classes", {})
+        unknown = sorted(int(key) for key in counted if int(key) >= space.num_classes)
+        if unknown:
+            raise ValueError(
+                f"the label map of picture {row['id']} in {labels} holds train id {unknown[0]}, "
+                f"but label space {space.name!r} has {space.num_classes} classes: it was made for "
+                f"another label space. Run `clouds --from pseudo_label`."
+            )
 
 
 def _batches(

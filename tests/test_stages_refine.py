@@ -256,14 +256,32 @@ def test_an_interrupted_run_ends_the_same(tmp_path, inputs):
     assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("value", [IGNORE, 2])
-def test_a_map_of_nothing_or_of_one_class_is_refined_sensibly(tmp_path, inputs, value):
+@pytest.mark.parametrize("rule", ["released", "agreement", "majority", "guided", "stuff_things"])
+@pytest.mark.parametrize("value", [IGNORE, 2, 13])
+def test_maps_of_nothing_or_of_one_class_are_refined_sensibly(tmp_path, inputs, rule, value):
+    shutil.copytree(inputs["labels"], tmp_path / "labels")
+    labels = with_confidences(tmp_path / "labels", value=200)
+    names = list(load_labelspace("cityscapes19").names)
+    (labels / "checkpoint.json").write_text(json.dumps({"format": 1, "class_names": names}))
+    uniform = np.full(street(0)[1].shape, value, np.uint8)
+    for name in IDS:
+        Image.fromarray(uniform).save(labels / "shard-00000" / f"{name}.label.png")
+    how = AUTOMATIC | {"rule": rule}
+    rows, statistics, summary = refined(tmp_path / "out", inputs | {"labels": labels}, **how)
+    for row in rows:
+        assert set(np.unique(label_of(row))) <= {value, IGNORE}
+    assert statistics["classes"].keys() <= {str(value)}
+    assert summary.numbers["pictures"] == 5
+
+
+def test_train_ids_beyond_the_labels_own_classes_are_refused(tmp_path, inputs):
     labels = tmp_path / "labels"
     shutil.copytree(inputs["labels"], labels)
-    uniform = np.full(street(0)[1].shape, value, np.uint8)
-    Image.fromarray(uniform).save(labels / "shard-00000" / "p0.label.png")
-    rows, _, _ = refined(tmp_path / "out", inputs | {"labels": labels})
-    assert set(np.unique(label_of(rows[0]))) <= {value, IGNORE}
+    Image.fromarray(np.full(street(0)[1].shape, 17, np.uint8)).save(
+        labels / "shard-00000" / "p1.label.png"
+    )
+    with pytest.raises(ValueError, match=r"p1\.label\.png of picture p1 holds train id 17.*4 clas"):
+        refined(tmp_path / "out", inputs | {"labels": labels})
 
 
 @pytest.mark.skipif(

@@ -1,13 +1,19 @@
 """Training on source and painted pictures, end to end, small."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from models.checkpoints import describe_checkpoint
 from stages import self_train, train_source
 from stages.config import OptimiserConfig
+from stages.shards import read_jsonl, write_jsonl
 from tests.tiny import (
+    SIZE,
     Told,
     stage_config,
     tiny_recipe,
@@ -168,3 +174,33 @@ def test_crops_of_different_size_are_refused(world, tmp_path):
     other = tiny_recipe().self_train.painted_augment.model_copy(update={"crop_width": 96})
     with pytest.raises(ValueError, match=r"painted_augment"):
         train(world, tmp_path / "out", painted_augment=other)
+
+
+def with_maps(folder, *, value):
+    """Labels for the pictures, all of one value, with what an index tells of them."""
+    labels = write_labels(folder)
+    shard = labels / "shard-00000"
+    rows = read_jsonl(shard / "index.jsonl")
+    for row in rows:
+        Image.fromarray(np.full(SIZE, value, np.uint8)).save(shard / row["label"])
+        row["classes"] = {} if value == 255 else {str(value): SIZE[0] * SIZE[1]}
+    write_jsonl(shard / "index.jsonl", rows)
+    return labels
+
+
+@pytest.mark.parametrize("unlabelled", ["negative", "ignore"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("value", [255, 2])
+def test_pictures_of_nothing_or_of_one_class_can_be_trained_on(
+    world, tmp_path, unlabelled, share, value
+):
+    labels = with_maps(tmp_path / "labels", value=value)
+    how = {"unlabelled": unlabelled, "painted_share": share, "steps": 2}
+    summary, _ = train(world | {"labels": labels}, tmp_path / "out", **how)
+    assert math.isfinite(summary.numbers["loss"])
+
+
+def test_train_ids_beyond_the_label_space_are_refused(world, tmp_path):
+    labels = with_maps(tmp_path / "labels", value=17)
+    with pytest.raises(ValueError, match=r"picture p0 .*train id 17.*'tiny' has 4 classes"):
+        train(world | {"labels": labels}, tmp_path / "out")
