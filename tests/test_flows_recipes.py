@@ -179,6 +179,31 @@ def test_what_nobody_needs_is_left_out_unless_it_is_named(legs, left_out):
     ]
 
 
+def test_rounds_have_settings_of_their_own_and_legs_come_last():
+    second = "{refine.min_area: 7, self_train.steps: 9, self_train.mode: online}"
+    instances = build(
+        load_recipe(
+            "tiny",
+            [
+                "rounds.count=2",
+                f"rounds.overrides={{2: {second}}}",
+                "legs={plain: {}, short: {self_train.steps: 4}}",
+            ],
+        )
+    )
+    seen = {name: instance.recipe for name, instance in instances.items()}
+    assert (seen["refine@1"].refine.min_area, seen["refine@2"].refine.min_area) == (48, 7)
+    steps = {name: recipe.self_train.steps for name, recipe in seen.items() if "self_" in name}
+    assert steps == {
+        "self_train@1#plain": 6,
+        "self_train@2#plain": 9,
+        "self_train@1#short": 4,
+        "self_train@2#short": 4,
+    }
+    roles = [{entry.role for entry in instances[f"self_train@{n}#plain"].inputs} for n in (1, 2)]
+    assert roles[0] - roles[1] == {"labels", "selection"}
+
+
 def test_a_stage_without_round_means_its_last():
     instances = build(load_recipe("camvid", ["rounds.count=2"]))
     assert [i.name for i in select(instances, stage="select", leg="raw")] == ["select@2#raw"]
