@@ -31,8 +31,8 @@ need alone):
                 they were made; index rows: id, file, prompt_id, prompt, seed, model, steps,
                 guidance, negative_prompt, scheduler, untrained, [collected], [spare: painted for
                 want of a better one], [batch_size where it was cut for want of memory], [tiled],
-                [truth: the file `<id>.truth.png` with its true train ids, where the collected data
-                set has `truth`; only ever compared with].
+                [truth_file: `<id>.truth.png` with its true train ids, where the collected data set
+                has `truth`; only ever compared with].
 `pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and
                 `<id>.confidence.png` (uint8, 0..255 = 0..1); index rows: id, label, confidence,
                 mean_confidence, classes {train id: pixels}, [truth: counts], [batch_size where it

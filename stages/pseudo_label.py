@@ -66,7 +66,7 @@ def shards(config: StageConfig, *, progress: Progress, pictures: Path, teacher: 
         Picture(
             id=row["id"],
             path=row["folder"] / row["file"],
-            truth=row["folder"] / row["truth"] if "truth" in row else None,
+            truth=row["folder"] / row["truth_file"] if "truth_file" in row else None,
         )
         for row in read_index(pictures)
     ]

@@ -129,7 +129,7 @@ def _job(picture: Row, label: Row) -> Job:
         picture=picture["folder"] / picture["file"],
         label=label["folder"] / label["label"],
         confidence=label["folder"] / label.get("confidence", ""),
-        truth=picture["folder"] / picture["truth"] if "truth" in picture else None,
+        truth=picture["folder"] / picture["truth_file"] if "truth_file" in picture else None,
     )
 
 

@@ -20,8 +20,10 @@ from stages.report_scores import Judged
 from stages.report_words import plain, words
 from stages.shards import Row, read_index, read_jsonl, stays_inside
 
-_UNTOLD = ("folder", "file", "label", "confidence", "prompt", "text", "untrained")
-"""Fields of index rows that a provenance leaves out: files, and what stands above it anyway."""
+_UNTOLD = frozenset(
+    {"folder", "file", "label", "confidence", "truth_file", "truth", "prompt", "text", "untrained"}
+)
+"""Fields of index rows that a provenance leaves out: files, counts, and what stands above it."""
 
 _WRONG, _UNJUDGED = 1, 2
 _ERROR_PALETTE = ((255, 255, 255), (230, 20, 70), (40, 44, 52))
@@ -54,11 +56,13 @@ class Painted:
     untrained: bool
     """Painted by a network of seeded random weights: noise."""
     picture: str
-    """`data:` URI, as are the next three."""
+    """`data:` URI, as are the next four."""
     raw: str | None
     refined: str | None
     confidence: str | None
     """The teacher's confidence in its labels, white where it is sure."""
+    truth: str | None
+    """The true labels, of collected pictures that have some."""
     width: int
     height: int
     class_ids: tuple[int, ...]
@@ -203,6 +207,7 @@ def _painted(
     picture = open_picture(_path(row, "file"))
     width, height = fitted(picture.size, side_px)
     raw = _label(rows["label"], (width, height))
+    truth = _label(row, (width, height), field="truth_file")
     refined = _label(rows["refined"], (width, height))
     known = refined if refined is not None else raw
     class_ids = classes_in([known] if known is not None else [])
@@ -218,6 +223,7 @@ def _painted(
         raw=label_uri(raw, space) if raw is not None else None,
         refined=label_uri(refined, space) if refined is not None else None,
         confidence=_confidence(rows["label"], (width, height)),
+        truth=label_uri(truth, space) if truth is not None else None,
         width=width,
         height=height,
         class_ids=class_ids,
@@ -478,8 +484,8 @@ def _uri(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _label(row: Row | None, size: tuple[int, int]) -> np.ndarray | None:
-    path = _path(row, "label") if row else None
+def _label(row: Row | None, size: tuple[int, int], *, field: str = "label") -> np.ndarray | None:
+    path = _path(row, field) if row else None
     return resized(open_label(path), size) if path else None
 
 

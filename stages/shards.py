@@ -222,7 +222,7 @@ def make_shard(out: Path, number: int, job: ShardJob, work: Work) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-FILE_FIELDS = frozenset({"file", "label", "confidence"})
+FILE_FIELDS = frozenset({"file", "label", "confidence", "truth_file"})
 """Fields of an index row that name a file of its shard."""
 
 

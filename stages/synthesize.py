@@ -318,8 +318,8 @@ def _copy(sample: Sample, folder: Path) -> Row:
         Image.fromarray(sample.read_image()).save(folder / name)
     truth = {}
     if sample.label is not None:
-        truth = {"truth": f"{_file_stem(sample.id)}.truth.png"}
-        Image.fromarray(sample.read_label()).save(folder / truth["truth"])
+        truth = {"truth_file": f"{_file_stem(sample.id)}.truth.png"}
+        Image.fromarray(sample.read_label()).save(folder / truth["truth_file"])
     return truth | {
         "id": sample.id,
         "file": name,

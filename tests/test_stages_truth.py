@@ -1,6 +1,7 @@
 """How good pseudo-labels are where the truth is known: counted, never trained on."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def read(path):
 def test_labels_are_compared_with_the_truth_before_and_after(chain):
     known = chain["known"]
     pictures = list(read_index(known["synthesize"]))
-    truths = {row["id"]: read(row["folder"] / row["truth"]) for row in pictures}
+    truths = {row["id"]: read(row["folder"] / row["truth_file"]) for row in pictures}
     assert len(truths) == 4
     statistics = {
         name: json.loads((known[name] / "statistics.json").read_text())["truth"]
@@ -219,10 +220,24 @@ def test_the_report_shows_what_refinement_did_per_class(tmp_path, chain):
     assert "43.2" in page
     mean = table["rows"][0]
     assert mean["whole"] == {"before": truth["before"]["whole"]["miou"], "after": 0.4321}
+    assert 'value="truth"' not in page  # no truth beside the pictures themselves
     assert mean["boundary"]["after"] == truth["after"]["boundary"]["miou"]
     assert len(table["rows"]) == 1 + len(
         truth["before"]["whole"]["classes"].keys() | truth["after"]["whole"]["classes"].keys()
     )
+
+
+def test_the_report_lays_the_truth_over_the_pictures(tmp_path, chain):
+    known = chain["known"]
+    names = {"pseudo_label": "pseudo_label@1", "refine": "refine@1", "synthesize": "synthesize"}
+    artifacts = build(tmp_path / "a", pictures=2)
+    for name, instance in names.items():
+        for old in artifacts[instance].glob("shard-*"):
+            shutil.rmtree(old)
+        shutil.copytree(known[name], artifacts[instance], dirs_exist_ok=True)
+    page, _ = reported(artifacts, tmp_path / "out")
+    assert page.count('class="layer truth"') == 4
+    assert 'name="over" value="truth"' in page
 
 
 def test_the_report_shows_raw_labels_alone(tmp_path, chain):
