@@ -5,6 +5,7 @@ The window rule is mmsegmentation's (its `slide_inference`); windows of one size
 
 # B batch, K classes, H W height and width
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Literal
@@ -201,13 +202,13 @@ def windows(size: Size, window: Size, stride: Size) -> list[tuple[int, int, int,
 
 
 def label_of(
-    scores_BKHW: torch.Tensor, *, threshold: float = 0.0, void: int = 255
+    scores_BKHW: torch.Tensor, *, threshold: float | torch.Tensor = 0.0, void: int = 255
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Confidence and label of class scores.
 
     Args:
         scores_BKHW: not negative, float32.
-        threshold: pixels less confident than this get the label `void`.
+        threshold: pixels less confident than this get the label `void`; a tensor: one per class.
         void: label of no class.
 
     Returns:
@@ -215,5 +216,18 @@ def label_of(
     """
     best_BHW, label_BHW = scores_BKHW.max(1)
     share_BHW = best_BHW / scores_BKHW.sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    if isinstance(threshold, torch.Tensor):
+        threshold = threshold.to(share_BHW)[label_BHW]
     label_BHW = label_BHW.to(torch.uint8).masked_fill(share_BHW < threshold, void)
     return (share_BHW * 255).round().to(torch.uint8), label_BHW
+
+
+def entropy_of(scores_BKHW: torch.Tensor) -> torch.Tensor:
+    """Entropy of the classes' shares of the scores, float32 [B, H, W]: 0 (sure) to 1 (all alike).
+
+    Args:
+        scores_BKHW: not negative, of at least two classes.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    shares_BKHW = scores_BKHW / scores_BKHW.sum(1, keepdim=True).clamp_min(tiny)
+    return torch.special.entr(shares_BKHW).sum(1) / math.log(scores_BKHW.shape[1])

@@ -377,6 +377,10 @@ class PseudoLabelConfig(Section):
     """Pictures per shard."""
     threshold: float = Field(0.0, ge=0, le=1)
     """Pixels less confident than this get no label (255)."""
+    class_thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """Thresholds of single classes by name, in place of `threshold`."""
+    max_entropy: float = Field(1.0, ge=0, le=1)
+    """Pixels whose classes' shares have a larger entropy (0: sure, 1: all alike) get no label."""
     flip: bool = False
     """Average with the mirrored picture."""
     scales: tuple[float, ...] = (1.0,)

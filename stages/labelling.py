@@ -14,10 +14,11 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from models.inference import label_of, predict
+from models.inference import entropy_of, label_of, predict
 from models.segmenter import Segmenter
 from stages.config import PseudoLabelConfig
 from stages.devices import Device
+from stages.labels import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,20 @@ class Labeller:
     section: PseudoLabelConfig
     device: Device
     bf16: bool
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.section.class_thresholds.keys() - set(self.segmenter.class_names))
+        if unknown:
+            raise ValueError(
+                f"pseudo_label.class_thresholds names {unknown[0]!r}, which is no class of the "
+                f"teacher: {', '.join(self.segmenter.class_names)}."
+            )
+
+    @property
+    def thresholds(self) -> torch.Tensor:
+        """The smallest confidence of a label, by class, float32 [K]."""
+        named, usual = self.section.class_thresholds, self.section.threshold
+        return torch.tensor([named.get(name, usual) for name in self.segmenter.class_names])
 
     def label(self, images: Sequence[np.ndarray]) -> list[Labelled]:
         """Label pictures (uint8 RGB [H, W, 3]), in batches of neighbours of one size."""
@@ -65,6 +80,8 @@ class Labeller:
                 stride=(section.stride, section.stride),
                 bf16=self.bf16,
             )
-        confidence_BHW, label_BHW = label_of(scores_BKHW, threshold=section.threshold)
+        confidence_BHW, label_BHW = label_of(scores_BKHW, threshold=self.thresholds)
+        if section.max_entropy < 1:
+            label_BHW = label_BHW.masked_fill(entropy_of(scores_BKHW) > section.max_entropy, IGNORE)
         maps = zip(label_BHW.cpu().numpy(), confidence_BHW.cpu().numpy(), strict=True)
         return [Labelled(label_HW=label, confidence_HW=confidence) for label, confidence in maps]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from models.build import build_segmenter
 from models.checkpoints import load_segmenter, save_segmenter
-from models.inference import label_of, predict
+from models.inference import entropy_of, label_of, predict
 from stages import pseudo_label, write_prompts
 from stages.labels import IGNORE
 from stages.readers import read_image
@@ -151,6 +151,41 @@ def test_unsure_pixels_get_no_label_under_a_threshold(tmp_path, pictures, teache
 def test_confidence_is_the_best_classs_share_of_all_scores(scores, threshold, label, confidence):
     found = label_of(torch.tensor(scores).view(1, 3, 1, 1), threshold=threshold)
     assert [int(part) for part in found] == [confidence, label]
+
+
+def test_classes_can_have_thresholds_of_their_own(tmp_path, pictures, teacher):
+    plain, _, _ = labelled(tmp_path / "plain", pictures, teacher)
+    seen = [key for row in plain for key in row["classes"]]
+    frequent = max(set(seen), key=seen.count)
+    names = list(CLASSES)
+    how = {"class_thresholds": {names[int(frequent)]: 1.0}}
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, **how)
+    for before, after in zip(plain, rows, strict=True):
+        label, cut = maps_of(before)[0], maps_of(after)[0]
+        assert np.array_equal(cut, np.where(label == int(frequent), IGNORE, label))
+    with pytest.raises(ValueError, match=r"class_thresholds names 'tree'.*road, building"):
+        labelled(tmp_path / "bad", pictures, teacher, class_thresholds={"tree": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("shares", "entropy"),
+    [([1, 1, 1, 1], 1.0), ([3, 0, 0, 0], 0.0), ([1, 1, 0, 0], 0.5), ([0.0, 0, 0, 0], 0.0)],
+)
+def test_entropy_is_0_for_one_class_and_1_for_all_alike(shares, entropy):
+    scores = torch.tensor(shares, dtype=torch.float32).view(1, 4, 1, 1)
+    assert entropy_of(scores).item() == pytest.approx(entropy, abs=1e-6)
+
+
+def test_pixels_of_much_entropy_get_no_label(tmp_path, pictures, teacher):
+    plain, _, _ = labelled(tmp_path / "plain", pictures, teacher, batch_size=1)
+    segmenter = load_segmenter(teacher, which="ema")
+    source = next(read_index(pictures))
+    image = torch.from_numpy(read_image(source["folder"] / source["file"]).copy())
+    entropy = entropy_of(predict(segmenter, image.permute(2, 0, 1)[None]))[0].numpy()
+    limit = float(np.median(entropy))
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, batch_size=1, max_entropy=limit)
+    expected = np.where(entropy > limit, IGNORE, maps_of(plain[0])[0])
+    assert np.array_equal(maps_of(rows[0])[0], expected)
 
 
 def test_flipping_averages_with_the_mirrored_picture(tmp_path, pictures, teacher):
