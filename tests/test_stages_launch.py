@@ -257,9 +257,9 @@ def training_spec(tmp_path):
         "labelspace": str(write_labelspace(tmp_path / "labelspace")),
     }
 
-    def spec(out: Path, *, processes: int, **section) -> dict:
+    def spec(out: Path, *, processes: int, data: dict | None = None, **section) -> dict:
         run = {"device": "cpu", "processes": processes}
-        recipe = tiny_recipe(train_source={"steps": 3} | section, run=run)
+        recipe = tiny_recipe(train_source={"steps": 3} | section, run=run, data=data or {})
         return {
             "stage": "train_source",
             "verb": "stages.train_source",
@@ -269,7 +269,7 @@ def training_spec(tmp_path):
             "recipe": recipe.model_dump(mode="json"),
             "recipe_class": "stages.config:Recipe",
             "out": str(out),
-            "inputs": roles,
+            "inputs": roles | ({"validation": roles["sources"]} if data else {}),
         }
 
     return spec
@@ -294,6 +294,19 @@ def test_two_ranks_with_half_a_batch_equal_one_with_all(training_spec, tmp_path,
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-5)
     lines = (tmp_path / "2" / "logs" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_two_ranks_stop_at_the_step_that_one_of_them_judges(training_spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data = {"validation": [{"name": "streets", "root": "streets"}]}
+    validation = {"every": 1, "patience": 1}
+    spec = training_spec(tmp_path / "out", processes=2, data=data, steps=12, validation=validation)
+    summary = execute(spec, Told())
+    lines = (tmp_path / "out" / "logs" / "metrics.jsonl").read_text().splitlines()
+    judged = {row["step"]: row["miou"] for row in map(json.loads, lines) if "miou" in row}
+    best = max(judged, key=lambda step: (judged[step], -step))
+    assert summary.numbers["kept_step"] == best
+    assert max(judged) in (best + 1, 12)
 
 
 @needs_proc
