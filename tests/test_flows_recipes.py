@@ -192,7 +192,7 @@ def test_rounds_have_settings_of_their_own_and_legs_come_last():
         )
     )
     seen = {name: instance.recipe for name, instance in instances.items()}
-    assert (seen["refine@1"].refine.min_area, seen["refine@2"].refine.min_area) == (48, 7)
+    assert (seen["refine@1"].refine.min_area, seen["refine@2#plain"].refine.min_area) == (48, 7)
     steps = {name: recipe.self_train.steps for name, recipe in seen.items() if "self_" in name}
     assert steps == {
         "self_train@1#plain": 6,

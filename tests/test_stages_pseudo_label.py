@@ -184,8 +184,10 @@ def test_pixels_of_much_entropy_get_no_label(tmp_path, pictures, teacher):
     entropy = entropy_of(predict(segmenter, image.permute(2, 0, 1)[None]))[0].numpy()
     limit = float(np.median(entropy))
     rows, _, _ = labelled(tmp_path / "out", pictures, teacher, batch_size=1, max_entropy=limit)
-    expected = np.where(entropy > limit, IGNORE, maps_of(plain[0])[0])
-    assert np.array_equal(maps_of(rows[0])[0], expected)
+    before, after = maps_of(plain[0])[0], maps_of(rows[0])[0]
+    clear = np.abs(entropy - limit) > 1e-5  # the last bits differ from batch to batch
+    assert np.array_equal(after[clear], np.where(entropy > limit, IGNORE, before)[clear])
+    assert 0.3 < (after == IGNORE).mean() < 0.7
 
 
 def test_flipping_averages_with_the_mirrored_picture(tmp_path, pictures, teacher):
