@@ -44,6 +44,8 @@ except ModuleNotFoundError as error:
 
 RETRIES = 3
 """How often Ray runs a task again whose process or node died."""
+ANSWER_TIMEOUT_S = 10.0
+"""Longest wait for somebody to listen at RAY_ADDRESS."""
 LOOK_TIMEOUT_S = 120.0
 """Longest wait for a node's answer before the first task."""
 SEEN_WITHIN_S = 90.0
@@ -100,13 +102,14 @@ def _cluster() -> Any:
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     try:
+        _must_answer(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
             address="auto",
             log_to_driver=False,
             logging_level="warning",
             runtime_env={"env_vars": {**PATIENCE, **env, "PYTHONPATH": path}},
         )
-    except ConnectionError as error:
+    except OSError as error:
         raise ConnectionError(
             f"run.engine=ray found no Ray cluster ({str(error).splitlines()[0]}): start one with "
             f"`ray start --head`, set RAY_ADDRESS to one that runs, or use run.engine=local."
@@ -115,6 +118,20 @@ def _cluster() -> Any:
         yield
     finally:
         ray.shutdown()
+
+
+def _must_answer(address: str) -> None:
+    """Refuse at once an address where nobody listens: Ray itself tries for many minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "://" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_S).close()
+        except OSError as error:
+            raise OSError(f"RAY_ADDRESS is {address!r}: {error}") from error
 
 
 def _resources(device: str) -> dict[str, float]:

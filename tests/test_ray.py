@@ -186,8 +186,7 @@ def test_a_node_that_does_not_share_the_folder_is_named_before_any_work(tmp_path
 def test_a_run_without_a_cluster_says_how_to_start_one(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("RAY_gcs_rpc_server_connect_timeout_s", "1")
-    with pytest.raises(StageError, match="ray start --head") as caught:
+    with pytest.raises(StageError, match=r"RAY_ADDRESS is .*ray start --head") as caught:
         make(tmp_path, 1, engine="ray")
     assert caught.value.user
 
