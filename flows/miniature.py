@@ -109,7 +109,7 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="measure_painter",
-        version=1,
+        version=2,
         verb="stages.measure_painter",
         does="Have it paint captions that no training saw, and judge what the pictures show.",
         sections=("measure_painter",),

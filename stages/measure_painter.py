@@ -27,6 +27,9 @@ from stages.shards import item_seed, write_json
 
 FOUND_SHARE = 0.004
 """Share of a picture's pixels from which a class counts as found."""
+LEAST_CAPTIONS = 20
+"""Captions that name a class, and that do not, from which its rates count in the mean: hardly any
+caption leaves out the sky or the road, and a rate of one or two pictures is noise."""
 JUDGED_AT_ONCE = 32
 
 
@@ -82,6 +85,8 @@ def judge_pictures(
     painted: np.ndarray,
     config: MeasurePainterConfig,
     seed: int,
+    *,
+    least_captions: int = LEAST_CAPTIONS,
 ) -> dict[str, Any]:
     """How well painted pictures show what their captions name, and how much they differ.
 
@@ -91,10 +96,20 @@ def judge_pictures(
         painted: uint8 [N, H, W, 3], one for each.
         config: how many.
         seed: of the shuffling.
+        least_captions: with and without a class, from which it counts in the mean.
+
+    Raises:
+        ValueError: too few pictures for any class to count.
     """
     names = load_labelspace("miniature").names
     rendered = np.stack([picture.image_HW3 for picture in pictures])
     named_NK = named_classes(pictures, len(names))
+    counted_K = np.minimum(named_NK.sum(0), (~named_NK).sum(0)) >= least_captions
+    if not counted_K.any():
+        raise ValueError(
+            f"no class is named by {least_captions} of {len(pictures)} captions and left out by as "
+            "many: raise measure_painter.num_prompts."
+        )
     order = _shuffled(len(pictures), seed)
     found, features = {}, {}
     for case, images in (("rendered", rendered), ("painted", painted)):
@@ -113,9 +128,12 @@ def judge_pictures(
             for k, name in enumerate(names)
         },
         "informedness": {
-            case: _rounded(np.nanmean(rate["recall"] - rate["false_alarms"]))
+            case: _rounded((rate["recall"] - rate["false_alarms"])[counted_K].mean())
             for case, rate in rates.items()
         },
+        "counted_classes": [
+            name for name, counted in zip(names, counted_K, strict=True) if counted
+        ],
         "variety": {case: _rounded(_mean_distance(features[case])) for case in features},
         "dark_minus_bright": {
             case: _rounded(_contrast(images, np.array(times)))

@@ -244,7 +244,8 @@ def _painter_table(gates: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"- Informedness (recall minus false alarms, mean of the classes): {informed}",
+        "- Informedness (recall minus false alarms), mean of the classes that enough captions "
+        f"name and enough do not ({', '.join(gates['counted_classes'])}): {informed}",
         f"- Variety (mean cosine distance of CLIP features of two pictures): {variety}",
         f"- Brightness of dark hours minus that of the others, of 255: {dark}",
         f"- PSNR of the autoencoder: {gates['psnr_db']:.2f} dB",

@@ -106,7 +106,7 @@ class PainterDecoderConfig(PretrainSection):
 class PretrainPainterConfig(PretrainSection):
     """Train the miniature's painter on rendered web pictures and sentences about them."""
 
-    steps: int = Field(5_000, gt=0)
+    steps: int = Field(4_200, gt=0)
     """Updates of the denoiser and its text tower."""
     lr: float = Field(1.0e-3, gt=0)
     """Learning rate of AdamW after the warm-up."""
@@ -189,7 +189,7 @@ class MeasurePainterConfig(ProbeConfig):
     """Labelled web pictures from which the judge learns."""
     num_prompts: int = Field(192, gt=1)
     """Captions to paint, of rendered pictures that serve for comparison."""
-    paint_steps: int = Field(14, gt=0)
+    paint_steps: int = Field(12, gt=0)
     """Denoising steps."""
     guidance: float = Field(3.0, ge=0)
     """Classifier-free guidance scale."""

@@ -191,6 +191,18 @@ def test_what_is_left_loads_and_paints(trained):
     assert {tensor.dtype for tensor in weights} == {torch.float16}
 
 
+def test_an_untrained_painter_fails_its_exam(trained, tmp_path):
+    section = {"num_train": 4, "head_steps": 2, "batch_size": 2, "num_prompts": 60}
+    section |= {"paint_steps": 1, "guidance": 1.0}
+    recipe = PretrainRecipe(measure_painter=section)
+    config = StageConfig(recipe, stage="measure_painter", sections=("measure_painter",))
+    measure_painter.run(config, out=tmp_path, progress=Told(), painter=trained[0])
+    gates = json.loads((tmp_path / "gates.json").read_text())["painter"]
+    assert gates["passed"] is False
+    assert gates["psnr_db"] < MeasurePainterConfig().psnr
+    assert set(gates["classes"]["car"]) == {"rendered", "painted", "shuffled"}
+
+
 def test_rates_equal_counting_by_hand():
     named = np.array([[1, 0], [1, 0], [0, 0], [0, 0]], dtype=bool)
     found = np.array([[1, 1], [0, 0], [1, 0], [0, 0]], dtype=bool)
@@ -205,12 +217,14 @@ def test_rendered_pictures_are_judged_alike_whoever_made_them():
     judge = build_segmenter(
         probe_config("builtin:clip", weights=True, trained=False), class_names=names
     ).eval()
-    section = MeasurePainterConfig(num_prompts=8)
-    gates = measure_painter.judge_pictures(judge, PICTURES[:8], IMAGES[:8], section, 0)
+    section = MeasurePainterConfig(num_prompts=24)
+    gates = measure_painter.judge_pictures(judge, PICTURES, IMAGES, section, 0, least_captions=3)
     for row in (gates["informedness"], gates["variety"], gates["dark_minus_bright"]):
         assert row["painted"] == row["rendered"]
-    same = np.repeat(IMAGES[:1], 8, axis=0)
-    gates = measure_painter.judge_pictures(judge, PICTURES[:8], same, section, 0)
+    assert "person" in gates["counted_classes"]
+    assert "sky" not in gates["counted_classes"]
+    same = np.repeat(IMAGES[:1], len(IMAGES), axis=0)
+    gates = measure_painter.judge_pictures(judge, PICTURES, same, section, 0, least_captions=3)
     assert gates["variety"]["painted"] == pytest.approx(0, abs=1e-3)
     assert gates["informedness"]["painted"] == pytest.approx(0, abs=1e-6)
 
@@ -220,6 +234,7 @@ def test_card_states_files_in_folders_and_figures(trained):
     rates = {"precision": 0.5, "recall": 0.5, "false_alarms": None}
     gates = {
         "classes": {"road": {case: rates for case in ("rendered", "painted", "shuffled")}},
+        "counted_classes": ["road"],
         "informedness": {"rendered": 0.9, "painted": 0.5, "shuffled": 0.0},
         "variety": {"rendered": 0.1, "painted": 0.1},
         "dark_minus_bright": {"rendered": -50.0, "painted": -40.0},
