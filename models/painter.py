@@ -24,7 +24,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
 from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -70,6 +70,15 @@ class Painter:
             return False
         getattr(self._autoencoder, f"enable_{how}")()
         return True
+
+    def longer_than_read(self, prompts: Sequence[str]) -> list[str]:
+        """Those prompts whose ends the (first) text tower does not see: they have more tokens."""
+        tokenizer = getattr(self.pipeline, "tokenizer", None)
+        if tokenizer is None:
+            return []
+        lengths = map(len, tokenizer(list(prompts)).input_ids)
+        limit = tokenizer.model_max_length
+        return [text for text, length in zip(prompts, lengths, strict=True) if length > limit]
 
     @property
     def _autoencoder(self) -> Any:
@@ -191,8 +200,9 @@ def _load(source: Source, *, revision: str | None, dtype: torch.dtype) -> Diffus
 
 
 def _quiet() -> None:
-    """No progress bars of the libraries: the stage tells its own progress."""
+    """No progress bars of the libraries: the stage tells its own progress, and what is cut."""
     disable_progress_bar()
+    set_verbosity_error()
     disable_transformers_progress_bar()
 
 

@@ -115,6 +115,12 @@ def _painting(config: StageConfig, *, prompts: Path | None) -> ShardJob:
         )
         if section.vae_tiling:
             painter.decode_in_tiles()
+        texts = sorted({each.prompt for each in commissions})
+        if cut := painter.longer_than_read(texts):
+            progress.note(
+                f"{len(cut)} of {len(texts)} prompts are longer than {section.model} reads; "
+                f"their last words do not count, as in: {cut[0]}"
+            )
         return Easel(painter=painter, section=section, progress=progress).paint_shard
 
     return ShardJob(

@@ -58,6 +58,11 @@ def test_the_negative_prompt_matters_under_guidance(painter):
     assert difference(plain, other) > 0
 
 
+def test_prompts_longer_than_the_text_tower_reads_are_told(painter):
+    long = "a street " * 60
+    assert painter.longer_than_read(["a street", long]) == [long]
+
+
 def test_a_scheduler_is_chosen_by_its_class_name(painter):
     assert painter.scheduler == "DDIMScheduler"
     chosen = load_painter("random", scheduler="DPMSolverMultistepScheduler")
