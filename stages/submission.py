@@ -164,7 +164,8 @@ def _write(path: Path, labels_HW: np.ndarray) -> None:
 
 def _pack(archive: Path, folder: Path, names: Sequence[str]) -> None:
     part = archive.with_name(f".{archive.name}.tmp")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as packed:  # PNGs do not shrink further
+    # PNGs do not shrink further
+    with zipfile.ZipFile(part, mode="w", compression=zipfile.ZIP_STORED) as packed:
         for name in names:
             packed.write(folder / name, f"{folder.name}/{name}")
     os.replace(part, archive)

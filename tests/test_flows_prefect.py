@@ -318,6 +318,7 @@ def test_no_server_is_started_behind_the_users_back(prefect, tmp_path):
 
 
 WITHOUT_LIMIT = """
+import sys
 from flows import prefect_flow
 prefect_flow.GPU_LIMIT = "no-such-limit"
 prefect_flow.run_here(recipe=sys.argv[1], artifacts=sys.argv[2], stage="train_source",

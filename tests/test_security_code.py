@@ -40,7 +40,8 @@ def calls(source: str) -> Iterator[tuple[int, str, dict[str, ast.expr]]]:
 def mistakes(source: str) -> Iterator[str]:
     for line, name, options in calls(source):
         given = {key: ast.unparse(value) for key, value in options.items()}
-        if name in FORBIDDEN:
+        packs = name == "zipfile.ZipFile" and given.get("mode") in ("'w'", "'x'")
+        if name in FORBIDDEN and not packs:
             yield f"line {line}: {name} {FORBIDDEN[name]}"
         if given.get("shell", "False") != "False":
             yield f"line {line}: {name} runs a shell"
