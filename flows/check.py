@@ -189,12 +189,16 @@ def _disk(store: Store) -> Finding:
 def everything(engine: Engine) -> Iterator[Finding]:
     """All that `check` looks at, whatever is done already (imports torch)."""
     engine.store.must_be_folder()
-    yield from look(list(engine.instances.values()), store=engine.store)
+    told = set()
+    for finding in look(list(engine.instances.values()), store=engine.store):
+        told.add(finding.text)
+        yield finding
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     yield Finding(what="memory", state="ok", text=f"{pages * page_bytes / 2**30:.1f} GiB")
     yield Finding(what="cores", state="ok", text=str(os.cpu_count()))
     yield from _device(engine.recipe)
-    yield from _label_values(engine.recipe)
+    # A folder that is not there cannot be read either: its error stands above once.
+    yield from (finding for finding in _label_values(engine.recipe) if finding.text not in told)
 
 
 def _device(recipe: Any) -> Iterator[Finding]:

@@ -147,9 +147,9 @@ def _checkpoint(path: Path, labels: str, out: Path, progress: Progress) -> Summa
     space = load_labelspace(labels)
     if tuple(about["class_names"]) != tuple(space.names):
         raise ValueError(
-            f"the checkpoint tells {len(about['class_names'])} classes apart "
-            f"({', '.join(about['class_names'][:4])}, ...), the recipe's label space {labels!r} "
-            f"{len(space.names)}: set data.labels to the one it was trained for."
+            f"the checkpoint's classes are {_listed(about['class_names'])}, those of the recipe's "
+            f"label space {labels!r} are {_listed(space.names)}: set data.labels to the one it was "
+            "trained for (same names, same order)."
         )
     load_segmenter(path, device="cpu")
     names = ["checkpoint.json", "model.safetensors"]
@@ -160,6 +160,12 @@ def _checkpoint(path: Path, labels: str, out: Path, progress: Progress) -> Summa
         shutil.copyfile(path / name, out / name)
     progress.advance()
     return Summary(text=f"checkpoint of {len(about['class_names'])} classes")
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    """How many, and the first of them by name."""
+    more = ", ..." if len(names) > most else ""
+    return f"{len(names)} ({', '.join(names[:most])}{more})"
 
 
 def _pictures(path: Path, out: Path, progress: Progress) -> Summary:
