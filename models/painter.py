@@ -76,7 +76,7 @@ class Painter:
         tokenizer = getattr(self.pipeline, "tokenizer", None)
         if tokenizer is None:
             return []
-        lengths = map(len, tokenizer(list(prompts)).input_ids)
+        lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
         limit = tokenizer.model_max_length
         return [text for text, length in zip(prompts, lengths, strict=True) if length > limit]
 
