@@ -13,7 +13,6 @@ the same spec file. Stages that work in shards are shared among worker processes
 """
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -27,8 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
-from types import ModuleType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from stages.children import (
     GRACE_S,
@@ -42,12 +40,12 @@ from stages.children import (
     told_error,
     write_spec,
 )
-from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 from stages.memory import peak_memory_bytes
 from stages.shards import ShardJob, make_shard, missing_shards
+from stages.specs import open_spec
 
-__all__ = ["StageFailed", "StageKilled", "be_patient", "execute", "open_spec", "run_child"]
+__all__ = ["StageFailed", "StageKilled", "be_patient", "execute", "run_child"]
 
 log = logging.getLogger("stages.launch")  # not __name__: in a child this module is __main__
 
@@ -91,32 +89,6 @@ def execute(spec: Spec, progress: Progress, *, keep_fds: Sequence[int] = ()) -> 
     return replace(summary, peak_memory_bytes=peak)
 
 
-class Opened(NamedTuple):
-    """A spec's stage, ready to be called."""
-
-    verb: ModuleType
-    config: StageConfig
-    out: Path
-    inputs: Mapping[str, Any]
-
-    def shards(self, progress: Progress) -> ShardJob:
-        """The stage's work, shard by shard."""
-        return self.verb.shards(self.config, progress=progress, **self.inputs)
-
-
-def open_spec(spec: Spec) -> Opened:
-    """Import the stage of a spec and validate its settings."""
-    config = StageConfig(
-        _imported(spec["recipe_class"]).model_validate(spec["recipe"]),
-        stage=spec["stage"],
-        sections=tuple(spec["sections"]),
-        round=spec["round"],
-        leg=spec["leg"],
-    )
-    inputs = {role: _as_paths(value) for role, value in spec["inputs"].items()}
-    return Opened(importlib.import_module(spec["verb"]), config, Path(spec["out"]), inputs)
-
-
 def _num_ranks(spec: Spec) -> int:
     return _settings(spec).get("processes", 1) if spec["verb"] in RANKED_VERBS else 1
 
@@ -128,17 +100,6 @@ def _has_crew(spec: Spec) -> bool:
 
 def _settings(spec: Spec) -> Mapping[str, Any]:
     return spec["recipe"].get("run", {})
-
-
-def _imported(dotted: str) -> Any:
-    module, _, name = dotted.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _as_paths(value: str | Mapping[str, str]) -> Path | dict[str, Path]:
-    if isinstance(value, Mapping):
-        return {name: Path(path) for name, path in value.items()}
-    return Path(value)
 
 
 def _with_crew(

@@ -28,9 +28,9 @@ from typing import Any
 
 from stages.children import PATIENCE, Spec, StageFailed, StageKilled, as_error, told_error
 from stages.contracts import Progress
-from stages.launch import Opened, open_spec
 from stages.memory import peak_memory_bytes
 from stages.shards import ShardJob, Work, make_shard, shard_folder, shard_problem
+from stages.specs import Opened, open_spec
 
 try:
     import ray
