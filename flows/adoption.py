@@ -164,7 +164,12 @@ def _stand_in(
         }
         store.commit(name, key, manifest)
         store.pin(name, key)
-    undone = f"clouds adopt {instance.stage} --undo"
+    which = "".join(
+        f" --{option} {value}"
+        for option, value in (("round", instance.round), ("leg", instance.leg))
+        if value is not None
+    )
+    undone = f"clouds adopt {instance.stage}{which} --undo"
     return f"{name}: {done} {summary.text} from {path} (key {key}); undo with {undone}."
 
 

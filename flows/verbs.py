@@ -56,7 +56,12 @@ def study_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write numbers with commas, as 0,1,2"
+        ) from error
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -178,17 +183,19 @@ def gc_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"{text}: 0 or more days")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text}: 1 or more runs")
-    return value
+    return int(text)
 
 
 def gc(arguments: argparse.Namespace) -> int:

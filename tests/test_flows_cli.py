@@ -375,3 +375,18 @@ def test_judging_an_average_that_nobody_keeps_stops_before_the_run(tmp_path, cap
     engine = Engine(recipe=recipe, store=Store(tmp_path))
     found = look(list(engine.instances.values()), store=engine.store)
     assert not [finding for finding in found if "evaluate.weights" in finding.what]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gc", "--older", "x"], "x: 0 or more days"),
+        (["gc", "--keep-runs", "x"], "x: 1 or more runs"),
+        (["study", "ablation", "--seeds", "0,x"], "'0,x': write numbers with commas"),
+    ],
+)
+def test_a_word_in_place_of_a_number_is_explained(capsys, words, said):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

@@ -66,11 +66,12 @@ def test_a_published_checkpoint_becomes_the_source_model(release, capsys, tmp_pa
     assert Store(tmp_path / "artifacts").pins() == {}
 
 
-def test_a_checkpoint_can_become_the_student_of_a_round(release, tmp_path):
+def test_a_checkpoint_can_become_the_student_of_a_round(release, capsys, tmp_path):
     file, arguments, _, _ = release
     assert main(["import", str(file), *arguments, "--stage", "self_train", "--round", "1"]) == 0
     folder = pinned(tmp_path, "self_train@1")
     assert json.loads((folder / "checkpoint.json").read_text())["step"] == 80_000
+    assert "undo with clouds adopt self_train --round 1 --undo." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["drop", "add", "reshape"])
