@@ -199,7 +199,10 @@ class Refiner(nn.Module):
         )
         context = torch.autocast(self.sam.device.type, torch.bfloat16) if bf16 else nullcontext()
         with context:
-            found = generator.generate(image)
+            try:
+                found = generator.generate(image)
+            except IndexError:  # segment_anything, where no crop of a picture has any mask
+                found = []
         return from_large_to_small(found, min_area_px=min_area_px, size=image.shape[:2])
 
     def _encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:

@@ -132,6 +132,14 @@ def test_automatic_masks_pass_their_thresholds(refiner):
         assert refiner.everything(pictures()[1], **off, **how).shape == (0, *SIZES[1])
 
 
+@pytest.mark.parametrize("crop_layers", (0, 1))
+def test_a_picture_in_which_nothing_is_found_has_no_masks(refiner, crop_layers):
+    masks = refiner.everything(
+        pictures()[1], points_per_side=2, crop_layers=crop_layers, min_iou=2.0
+    )
+    assert masks.shape == (0, *SIZES[1])
+
+
 def test_automatic_masks_stand_from_large_to_small_in_an_order_of_their_own():
     records = []
     for rows, columns in ((2, 3), (5, 6), (6, 5), (1, 2), (5, 6)):
