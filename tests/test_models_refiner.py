@@ -132,7 +132,7 @@ def test_automatic_masks_pass_their_thresholds(refiner):
         assert refiner.everything(pictures()[1], **off, **how).shape == (0, *SIZES[1])
 
 
-@pytest.mark.parametrize("crop_layers", (0, 1))
+@pytest.mark.parametrize("crop_layers", [0, 1])
 def test_a_picture_in_which_nothing_is_found_has_no_masks(refiner, crop_layers):
     masks = refiner.everything(
         pictures()[1], points_per_side=2, crop_layers=crop_layers, min_iou=2.0
