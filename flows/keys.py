@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from flows.pipeline import Instance
 from flows.store import Store, digest_of, listing_digest
 from models.config import weights_path
-from stages.config import NotInKey
 from stages.contracts import External
+from stages.section import NotInKey
 
 
 def ingredients(instance: Instance, inputs: Mapping[str, str], store: Store) -> dict[str, Any]:

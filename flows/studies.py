@@ -19,8 +19,8 @@ from flows.engine import Engine
 from flows.pipeline import Instance
 from flows.recipes import ConfigError, load_recipe, nearest, validate
 from flows.store import Store, digest_of
-from stages.config import Section
 from stages.published import Table as PublishedTable
+from stages.section import Section
 
 STUDIES_DIR = Path(__file__).parent / "studies"
 _ID_CHARS = 10

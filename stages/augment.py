@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageFilter
 from torch.nn import functional
 
-from stages.config import AugmentConfig
 from stages.labels import IGNORE
+from stages.training_config import AugmentConfig
 
 PADDING_RGB = (123, 116, 103)
 """Colour outside a picture that is smaller than the crop: about the mean of photographs."""

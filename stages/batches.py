@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from stages.augment import augment, mix_classes
-from stages.config import AugmentConfig
 from stages.readers import Sample
 from stages.shards import item_seed
+from stages.training_config import AugmentConfig
 
 CACHE_BYTES = 512 * 2**20
 """Decoded samples kept in memory, over all reading processes of one training process."""

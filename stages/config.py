@@ -1,276 +1,28 @@
 """The configuration: one frozen pydantic section per stage, and the recipe that holds them.
 
 One source of truth for the command line, Prefect's parameters and cache keys. Imports no torch.
-A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and stays out of its
-key.
+The data's, the trainings' and the judge's sections have files of their own beside this one.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.config import SegmenterConfig
+from stages.data_config import DataConfig, PrepareConfig, WorldConfig
+from stages.judging_config import EvaluateConfig, ValidationConfig
 from stages.protocols import PROTOCOLS
-
-
-class NotInKey:
-    """Marks a field that cannot change a result (paths, devices, worker counts, log intervals)."""
-
-
-NOT_IN_KEY = NotInKey()
-
-
-class Section(BaseModel):
-    """A frozen, keyword-only section; unknown keys are errors, docstrings become descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-_TAKEN_NAMES = {
-    "roots": "is a file beside the indexes (roots.json)",
-    "painted": "begins the ids of painted pictures",
-}
-
-
-LayoutName = Literal[
-    "cityscapes", "gta5", "folder", "synthia", "bdd100k", "mapillary", "acdc", "urbansyn"
-]
-
-
-class DatasetConfig(Section):
-    """One data set on disk."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name in ids ("name/stem"), tables and the report."""
-    layout: LayoutName = "cityscapes"
-    """On-disk layout as released (`stages/layouts.py` lists the folders of each); folder: any
-    folder of images without labels."""
-    root: str
-    """Folder of the data set: absolute, below `data.root`, or `@render_world/PART` for the
-    miniature's own streets."""
-    split: str | None = None
-    """Split below the layout's folders ("train", "val"; of ACDC also one condition, "night/val");
-    None: the only one, or the usual one of the data set's role."""
-    label_map: str | None = None
-    """Name of the raw-id map in the label space file; None: of a target the one that
-    `evaluate.protocol` names, else the layout's usual one."""
-    limit: int | None = Field(None, gt=0)
-    """Take this many samples, evenly spaced over the sorted ones; None: all."""
-    truth: bool = False
-    """Under `data.unlabelled`: read the labels too, never to train on, but to tell how good
-    pseudo-labels are before and after refinement."""
-
-    @field_validator("name")
-    @classmethod
-    def _free_name(cls, name: str) -> str:
-        if name in _TAKEN_NAMES:
-            raise ValueError(f"{name!r} {_TAKEN_NAMES[name]}: give the data set another name")
-        return name
-
-
-class DataConfig(Section):
-    """Label space and data sets."""
-
-    root: Annotated[str, NOT_IN_KEY] = "."
-    """Folder that relative data set roots are below (counts through what is found there)."""
-    labels: str = "cityscapes19"
-    """Label space: a name in `stages/labelspaces/` or a YAML file of the same form."""
-    sources: tuple[DatasetConfig, ...] = ()
-    """Labelled sets to train on."""
-    targets: tuple[DatasetConfig, ...] = ()
-    """Labelled sets of unseen domains, for judgement only."""
-    validation: tuple[DatasetConfig, ...] = ()
-    """Labelled sets for choices (stopping, thresholds); never a target."""
-    unlabelled: tuple[DatasetConfig, ...] = ()
-    """Pictures that `synthesize` may collect instead of painting."""
-
-    @model_validator(mode="after")
-    def _truth_of_the_unlabelled(self) -> Self:
-        """Elsewhere labels are read anyway."""
-        for dataset in (*self.sources, *self.targets, *self.validation):
-            if dataset.truth:
-                raise ValueError(
-                    f"data set {dataset.name!r} sets truth, which belongs under data.unlabelled "
-                    f"only: the labels of sources, targets and validation sets are read anyway"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _validation_is_no_target(self) -> Self:
-        """What choices are made on is no unseen domain any more."""
-        targets = {_place(dataset): dataset.name for dataset in self.targets}
-        names = {dataset.name for dataset in self.targets}
-        for dataset in self.validation:
-            if dataset.name in names or _place(dataset) in targets:
-                target = targets.get(_place(dataset), dataset.name)
-                raise ValueError(
-                    f"validation set {dataset.name!r} is also the target {target!r}: choices must "
-                    f"not be made on what is judged as unseen; take another set for one of them"
-                )
-        return self
-
-
-def _place(dataset: DatasetConfig) -> tuple[str, str]:
-    """Where the pictures of a target or validation set lie: both mean split "val" by default."""
-    return dataset.root.rstrip("/"), dataset.split or "val"
-
-
-class WorldConfig(Section):
-    """The miniature's streets (`render_world`), rendered only where a data set's root is
-    `@render_world/...`."""
-
-    height: int = Field(64, ge=32, multiple_of=32)
-    """Picture height in pixels."""
-    width: int = Field(128, ge=32, multiple_of=32)
-    """Picture width in pixels."""
-    num_source: int = Field(600, gt=0)
-    """Labelled source pictures."""
-    num_target: int = Field(100, gt=0)
-    """Pictures per target domain."""
-    num_web: int = Field(0, ge=0)
-    """Many-style pictures to collect; their labels are there for `truth` only."""
-    num_web_val: int = Field(100, ge=0)
-    """Labelled many-style pictures for choices."""
-    seed: int = Field(0, ge=0)
-    """Seed of every street."""
-
-
-class PrepareConfig(Section):
-    """Index the data sets."""
-
-    on_corrupt: Literal["error", "skip"] = "error"
-    """A picture or label that cannot be read: stop and name it, or leave it out and count it."""
-    on_size_mismatch: Literal["error", "skip", "resize_label"] = "error"
-    """Picture and label of different size: stop and name it, leave it out, or resize the label
-    (nearest)."""
-    workers: Annotated[int, NOT_IN_KEY] = Field(2, ge=0)
-    """Processes that read and digest files."""
-
-
-class AugmentConfig(Section):
-    """What happens to a source sample before the network sees it."""
-
-    crop_height: int = Field(512, ge=32)
-    """Crop height in pixels."""
-    crop_width: int = Field(512, ge=32)
-    """Crop width in pixels."""
-    scale_min: float = Field(0.5, gt=0)
-    """Smallest random scale."""
-    scale_max: float = Field(2.0, gt=0)
-    """Largest random scale."""
-    flip: bool = True
-    """Mirror half of the samples."""
-    colour: float = Field(1.0, ge=0)
-    """Strength of the SSD colour jitter (brightness 32, contrast and saturation 0.5, hue 18); 0:
-    none."""
-    blur: float = Field(0.0, ge=0, le=1)
-    """Share of samples with Gaussian blur."""
-    max_class_share: float = Field(1.0, gt=0, le=1)
-    """Draw another crop (up to 10 times) while one class fills more than this share of the
-    labelled pixels."""
-
-
-class OptimiserConfig(Section):
-    """AdamW and its schedule."""
-
-    lr: float = Field(1e-4, gt=0)
-    """Learning rate."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Weight decay; none on norms, biases of norms, embeddings and tokens."""
-    schedule: Literal["constant", "poly"] = "poly"
-    """Learning rate over the steps."""
-    poly_power: float = Field(0.9, gt=0)
-    """Power of the poly schedule."""
-    warmup_steps: int = Field(0, ge=0)
-    """Linear warm-up."""
-    clip_norm: float = Field(0.01, gt=0)
-    """Largest gradient norm over all trained parameters (0.01 as published for Mask2Former
-    decoders)."""
-    accumulate: int = Field(1, ge=1)
-    """Forward passes per update; each takes batch_size / accumulate samples."""
-
-
-class EmaConfig(Section):
-    """Exponential moving average of what is trained: the teacher."""
-
-    decay: float = Field(0.999, ge=0, lt=1)
-    """Share of the old average kept at each update."""
-    every: int = Field(1, ge=1)
-    """Update every so many steps (the released CLOUDS: 100)."""
-
-
-class ProtocolConfig(Section):
-    """How pictures reach the network and what is counted when a model is judged."""
-
-    short_side: int | None = Field(None, gt=0)
-    """Resize pictures to this short side before the network; None: native size."""
-    label_resolution: Literal["native", "network"] = "native"
-    """Score at the label's own size, or at the network's input size (labels resized by nearest)."""
-    mode: Literal["whole", "slide"] = "whole"
-    """Whole pictures, or sliding windows."""
-    window: int = Field(512, gt=0)
-    """Side of the sliding window in pixels."""
-    stride: int = Field(341, gt=0)
-    """Stride of the sliding window in pixels."""
-    absent: Literal["mmseg", "detectron2", "cityscapes"] = "cityscapes"
-    """What a class absent from the truth counts (see `models/evaluators`)."""
-    batch_size: int = Field(4, gt=0)
-    """Pictures per forward pass (pictures of one size)."""
-
-
-class ValidationConfig(ProtocolConfig):
-    """Judge on `data.validation` while training, and keep the weights that judge best."""
-
-    every: int = Field(500, gt=0)
-    """Steps between judgements; the last step is always judged."""
-    patience: int | None = Field(None, gt=0)
-    """Stop after so many judgements in turn without a better one; None: train all steps."""
-    weights: Literal["model", "ema"] = "model"
-    """Which weights are judged (ema needs the training's `ema`)."""
-
-
-class TrainSourceConfig(Section):
-    """Train the segmenter on the labelled sources."""
-
-    steps: int = Field(40_000, gt=0)
-    """Updates."""
-    batch_size: int = Field(8, gt=0)
-    """Samples per update, over all processes."""
-    rare_class_sampling: float = Field(0.0, ge=0)
-    """Temperature of rare-class sampling (DAFormer: 0.01); 0: uniform."""
-    augment: AugmentConfig = AugmentConfig()
-    """Augmentation of source samples."""
-    optimiser: OptimiserConfig = OptimiserConfig()
-    """Optimiser and schedule."""
-    ema: EmaConfig | None = None
-    """Average of the weights beside the weights themselves; None: none."""
-    validation: ValidationConfig | None = None
-    """Keep the step with the best mIoU on `data.validation` (mean over its sets) instead of the
-    last one, and stop early by patience; None: all steps, the last one."""
-    checkpoint_every: Annotated[int, NOT_IN_KEY] = Field(500, gt=0)
-    """Steps between resumable checkpoints."""
-    log_every: Annotated[int, NOT_IN_KEY] = Field(20, gt=0)
-    """Steps between lines of `logs/metrics.jsonl`."""
-    data_workers: Annotated[int, NOT_IN_KEY] = Field(0, ge=0)
-    """Processes that read and augment batches ahead; 0: in the training process."""
-
-    @model_validator(mode="after")
-    def _average_to_judge(self) -> Self:
-        return _with_average(self, "train_source")
-
-
-def _with_average(section: Any, name: str) -> Any:
-    """The section, if there is an average wherever validation judges one."""
-    if section.validation and section.validation.weights == "ema" and section.ema is None:
-        raise ValueError(
-            f"{name}.validation.weights=ema, but {name}.ema is null: there is no average to judge; "
-            f"set {name}.ema, or judge the model"
-        )
-    return section
+from stages.run_config import RoundsConfig, RunConfig
+from stages.section import NOT_IN_KEY, Section
+from stages.training_config import (
+    AugmentConfig,
+    EmaConfig,
+    OptimiserConfig,
+    TrainSourceConfig,
+    with_average,
+)
 
 
 class WritePromptsConfig(Section):
@@ -377,7 +129,7 @@ class PseudoLabelConfig(Section):
     """Pictures per shard."""
     threshold: float = Field(0.0, ge=0, le=1)
     """Pixels less confident than this get no label (255)."""
-    class_thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    class_thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field({})
     """Thresholds of single classes by name, in place of `threshold`."""
     max_entropy: float = Field(1.0, ge=0, le=1)
     """Pixels whose classes' shares have a larger entropy (0: sure, 1: all alike) get no label."""
@@ -541,7 +293,7 @@ class SelfTrainConfig(Section):
 
     @model_validator(mode="after")
     def _average_to_judge(self) -> Self:
-        return _with_average(self, "self_train")
+        return with_average(self, "self_train")
 
     @model_validator(mode="after")
     def _what_online_needs(self) -> Self:
@@ -571,55 +323,6 @@ class SelfTrainConfig(Section):
         return self
 
 
-class SizeConfig(Section):
-    """Size of the network's input."""
-
-    short_side: int | None = Field(None, gt=0)
-    """Resize pictures to this short side; None: native size."""
-    long_side: int | None = Field(None, gt=0)
-    """Make pictures smaller than that where the long side would exceed this; None: no limit."""
-    halve: bool = False
-    """First halve picture (bicubic) and label (nearest), which is then the native size."""
-
-
-ProtocolName = Literal["clouds_released", "rein", "vltseg", "high_resolution", "native"]
-
-
-class EvaluateConfig(ProtocolConfig):
-    """Judge a checkpoint on the targets."""
-
-    protocol: ProtocolName | None = None
-    """Published protocol (`stages/protocols.py`): fixes size, windows, label resolution, absent
-    classes and Mapillary's map where they are not set here; None: the settings below alone."""
-    weights: Literal["model", "ema"] = "model"
-    """Which of the checkpoint's weights."""
-    long_side: int | None = Field(None, gt=0)
-    """Make pictures smaller than that where the long side would exceed this; None: no limit."""
-    layouts: dict[LayoutName, SizeConfig] = {}
-    """Sizes for data sets of single layouts: {bdd100k: {short_side: 720}}."""
-    resize: Literal["antialias", "plain"] = "antialias"
-    """Bilinear over all pixels of a shrinking picture (antialias: Pillow, detectron2), or over the
-    four nearest (plain: OpenCV, mmseg)."""
-    classes: Literal["all", 16, 13] = "all"
-    """Classes of the mean: all, or the 16 or 13 of Cityscapes' 19 that tables from SYNTHIA use (all
-    three stand in the results of those 19)."""
-    training_domain: str | None = None
-    """Target of the domain trained on: left out of the mean, and what rPD (relative performance
-    under domain shift) compares the others with."""
-    num_predictions: int = Field(6, ge=0)
-    """Predictions per data set kept for the report."""
-
-    @model_validator(mode="after")
-    def _filled_by_the_protocol(self) -> Self:
-        """Fields that are not set stay "not set", so that another protocol can fill them anew."""
-        if self.protocol is not None:
-            settings = PROTOCOLS[self.protocol].settings
-            fixed = type(self)(**settings)
-            for name in settings.keys() - self.model_fields_set:
-                self.__dict__[name] = getattr(fixed, name)
-        return self
-
-
 class ReportConfig(Section):
     """The page."""
 
@@ -627,39 +330,6 @@ class ReportConfig(Section):
     """Heading of the page."""
     num_pictures: int = Field(24, ge=0)
     """Painted pictures shown."""
-
-
-class RoundsConfig(Section):
-    """How rounds follow each other."""
-
-    count: int = Field(1, ge=0)
-    """Rounds of pseudo-labels and self-training; 0: the source model only."""
-    fresh_pictures: bool = False
-    """Write and paint anew in every round (else once, shared by all)."""
-    overrides: dict[int, dict[str, Any]] = {}
-    """Dotted overrides of single rounds: {2: {"refine.min_area": 2000}}."""
-
-
-class RunConfig(Section):
-    """Where and how a run happens; nothing here changes a result."""
-
-    device: Annotated[str, NOT_IN_KEY] = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto, cpu, cuda, cuda:N."""
-    processes: Annotated[int, NOT_IN_KEY] = Field(1, gt=0)
-    """Processes on this machine: of a training, which share every update (through accelerate), and
-    of painting, labelling and refining, which each make whole shards. The n-th takes the n-th
-    GPU."""
-    engine: Annotated[Literal["local", "ray"], NOT_IN_KEY] = "local"
-    """Who paints, labels and refines: processes of this machine, or the nodes of a running Ray
-    cluster (found by RAY_ADDRESS), one task per shard with one GPU or core each. All nodes must see
-    the artifacts folder, and this code, under the same paths."""
-    shard_timeout_s: Annotated[float | None, NOT_IN_KEY] = Field(None, gt=0)
-    """Kill one of several local processes that takes longer for a shard, and make the shard once
-    more. The first shard includes loading the networks."""
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], NOT_IN_KEY] = "info"
-    """Least severe log line shown."""
-    stage_timeout_s: Annotated[float | None, NOT_IN_KEY] = Field(None, gt=0)
-    """Kill and retry once a child process that runs longer (only where stages run in children)."""
 
 
 class Recipe(Section):
@@ -681,7 +351,7 @@ class Recipe(Section):
     """Encoder, tuning, decoder, losses."""
     rounds: RoundsConfig = RoundsConfig()
     """Rounds."""
-    legs: dict[str, dict[str, Any]] = {}
+    legs: dict[str, dict[str, Any]] = Field({})
     """Legs to compare: name -> dotted overrides. Without legs there is one, nameless."""
     prepare: PrepareConfig = PrepareConfig()
     train_source: TrainSourceConfig = TrainSourceConfig()

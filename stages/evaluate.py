@@ -18,10 +18,11 @@ from PIL import Image
 
 from models.checkpoints import describe_checkpoint, load_segmenter
 from models.segmenter import Segmenter
-from stages.config import EvaluateConfig, StageConfig
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import Device, choose_device
 from stages.judging import Item, count, read_batches, sizes_for
+from stages.judging_config import EvaluateConfig
 from stages.labels import LabelSpace, load_labelspace, read_labelspace
 from stages.layouts import condition_of
 from stages.metrics import (

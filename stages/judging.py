@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from models.inference import predict, resize_in_bands, scores_by, slide_in_bands
 from models.segmenter import Segmenter
-from stages.config import EvaluateConfig, ProtocolConfig
 from stages.devices import Device
+from stages.judging_config import EvaluateConfig, ProtocolConfig
 from stages.metrics import DatasetScore, mean, scores
 from stages.readers import Sample, network_size, resize_label
 

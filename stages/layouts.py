@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.config import DatasetConfig
+from stages.data_config import DatasetConfig
 
 WORLD_PREFIX = "@render_world"
 

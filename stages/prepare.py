@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from stages.config import DataConfig, DatasetConfig, PrepareConfig, StageConfig
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
+from stages.data_config import DataConfig, DatasetConfig, PrepareConfig
 from stages.labels import IGNORE, IdMap, LabelSpace, load_labelspace
 from stages.layouts import WORLD_PREFIX, Listing, Pair, dataset_root, list_pairs
 from stages.readers import CorruptFileError, read_image, read_label, resize_label

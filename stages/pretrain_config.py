@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.config import NOT_IN_KEY, RunConfig, Section
+from stages.run_config import RunConfig
+from stages.section import NOT_IN_KEY, Section
 
 
 class PretrainSection(Section):

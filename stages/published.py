@@ -12,7 +12,7 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
-from stages.config import Section
+from stages.section import Section
 
 FILE = Path(__file__).with_name("published.yaml")
 

@@ -16,8 +16,9 @@ from PIL import Image
 from models.miniature.materials import train_id_table
 from models.miniature.renderer import Picture, render
 from models.miniature.styles import TARGETS
-from stages.config import StageConfig, WorldConfig
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
+from stages.data_config import WorldConfig
 from stages.labels import load_labelspace
 from stages.shards import item_seed, write_jsonl
 

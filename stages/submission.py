@@ -21,10 +21,12 @@ from PIL import Image
 
 from models.checkpoints import describe_checkpoint, load_segmenter
 from models.evaluators import CITYSCAPES_IDS
-from stages.config import DatasetConfig, EvaluateConfig, StageConfig
+from stages.config import StageConfig
 from stages.contracts import Progress, Summary
+from stages.data_config import DatasetConfig
 from stages.devices import choose_device
 from stages.judging import predict_labels, read_batches, sizes_for
+from stages.judging_config import EvaluateConfig
 from stages.labels import load_labelspace
 from stages.layouts import Pair, list_pairs
 from stages.protocols import WHOLE_SPACE, protocol_name

@@ -31,10 +31,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from models.ema import Ema
-from stages.config import OptimiserConfig
 from stages.contracts import Progress
 from stages.devices import Device
 from stages.shards import file_digest, item_seed, write_json
+from stages.training_config import OptimiserConfig
 from stages.validation import Validation
 
 log = logging.getLogger(__name__)

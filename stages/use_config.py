@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.config import NOT_IN_KEY, NotInKey, Section
+from stages.section import NOT_IN_KEY, NotInKey, Section
 
 
 class PredictConfig(Section):

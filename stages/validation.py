@@ -16,9 +16,9 @@ import torch
 
 from models.ema import Ema
 from models.segmenter import Segmenter
-from stages.config import ValidationConfig
 from stages.devices import Device
 from stages.judging import mean_miou
+from stages.judging_config import ValidationConfig
 from stages.readers import load_index
 
 Weights = Mapping[str, Mapping[str, torch.Tensor]]

@@ -8,7 +8,8 @@ from PIL import Image
 
 from models.miniature.styles import TARGETS
 from stages import render_world
-from stages.config import DatasetConfig, Recipe, StageConfig
+from stages.config import Recipe, StageConfig
+from stages.data_config import DatasetConfig
 from stages.labels import load_labelspace
 from stages.layouts import dataset_root, list_pairs
 from stages.readers import read_image, read_label

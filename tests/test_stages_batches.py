@@ -21,8 +21,8 @@ from stages.augment import (
     jitter_colour,
 )
 from stages.batches import MixedBatches, RareClassSampler, SourceBatches, UniformSampler
-from stages.config import AugmentConfig
 from stages.readers import CorruptFileError, Sample, resize_label
+from stages.training_config import AugmentConfig
 from tests import small_datasets
 
 CROP = AugmentConfig(crop_height=32, crop_width=32)

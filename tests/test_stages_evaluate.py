@@ -10,7 +10,8 @@ from PIL import Image
 from models.build import build_segmenter
 from models.checkpoints import load_segmenter, save_segmenter
 from stages import evaluate, prepare
-from stages.config import EvaluateConfig, Recipe
+from stages.config import Recipe
+from stages.judging_config import EvaluateConfig
 from stages.labels import load_labelspace, read_labelspace
 from stages.metrics import DatasetScore, mean, scores
 from stages.readers import load_index, network_size, resize_label

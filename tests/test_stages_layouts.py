@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from stages.config import DatasetConfig
+from stages.data_config import DatasetConfig
 from stages.layouts import LAYOUTS, condition_of, dataset_root, list_pairs, watched
 from tests import small_datasets
 

@@ -9,8 +9,9 @@ from PIL import Image
 
 from flows.recipes import ConfigError, load_recipe, recipe_files, resolve
 from stages import judging, prepare
-from stages.config import EvaluateConfig, Recipe
+from stages.config import Recipe
 from stages.judging import Sizes, read_item, resize_image
+from stages.judging_config import EvaluateConfig
 from stages.labels import load_labelspace
 from stages.metrics import relative_performance, scores
 from stages.protocols import LEFT_OUT, PROTOCOLS, protocol_name

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from models.checkpoints import describe_checkpoint
 from stages import self_train, train_source
-from stages.config import OptimiserConfig
 from stages.shards import read_jsonl, write_jsonl
+from stages.training_config import OptimiserConfig
 from tests.tiny import (
     SIZE,
     Told,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from models.checkpoints import describe_checkpoint, load_segmenter
 from models.inference import predict
 from stages import train_source
-from stages.config import EmaConfig
+from stages.training_config import EmaConfig
 from tests.tiny import (
     CLASSES,
     Told,

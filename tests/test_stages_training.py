@@ -19,7 +19,6 @@ from models.build import build_segmenter
 from models.ema import Ema
 from models.segmenter import Segmenter
 from stages import train_source
-from stages.config import OptimiserConfig
 from stages.contracts import Progress
 from stages.devices import device_for
 from stages.training import (
@@ -31,6 +30,7 @@ from stages.training import (
     learning_rate_factor,
     trained_tensors,
 )
+from stages.training_config import OptimiserConfig
 from tests.tiny import SEGMENTER, Told, stage_config, tiny_recipe, write_labelspace, write_sources
 
 ROOT = Path(__file__).resolve().parents[1]

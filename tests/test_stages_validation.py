@@ -11,11 +11,12 @@ from flows.pipeline import build
 from flows.recipes import ConfigError, load_recipe
 from models.checkpoints import describe_checkpoint, load_segmenter
 from stages import self_train, train_source
-from stages.config import OptimiserConfig, ValidationConfig
 from stages.devices import device_for
 from stages.judging import mean_miou
+from stages.judging_config import ValidationConfig
 from stages.readers import load_index
 from stages.training import Trainer, trained_tensors
+from stages.training_config import OptimiserConfig
 from stages.validation import Validation
 from tests.tiny import (
     Told,

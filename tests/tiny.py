@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from models.config import DecoderConfig, EncoderConfig, LossConfig, SegmenterConfig
-from stages.config import AugmentConfig, EmaConfig, OptimiserConfig, Recipe, StageConfig
+from stages.config import Recipe, StageConfig
 from stages.contracts import CONTRACTS
 from stages.shards import file_digest, write_json, write_jsonl
+from stages.training_config import AugmentConfig, EmaConfig, OptimiserConfig
 
 CLASSES = {
     "road": (128, 64, 128),

@@ -8,9 +8,10 @@ from pydantic import Field
 from flows.engine import Engine
 from flows.recipes import validate
 from flows.store import Store
-from stages.config import NOT_IN_KEY, RoundsConfig, RunConfig, Section
 from stages.contracts import Contract, Need
 from stages.launch import execute, run_child
+from stages.run_config import RoundsConfig, RunConfig
+from stages.section import NOT_IN_KEY, Section
 
 
 class ToyConfig(Section):

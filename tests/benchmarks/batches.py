@@ -27,8 +27,8 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.batches import SourceBatches
-from stages.config import AugmentConfig
 from stages.readers import Sample
+from stages.training_config import AugmentConfig
 
 RUNS = 7
 BATCH = 16

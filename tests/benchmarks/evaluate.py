@@ -29,8 +29,8 @@ from models.build import build_segmenter
 from models.config import DecoderConfig, EncoderConfig, SegmenterConfig
 from models.segmenter import Segmenter
 from stages import judging
-from stages.config import EvaluateConfig
 from stages.devices import Device, device_for
+from stages.judging_config import EvaluateConfig
 from stages.metrics import DatasetScore
 from stages.readers import Sample
 

@@ -8,8 +8,10 @@ from pydantic import Field
 
 from flows.engine import Engine
 from flows.store import Store
-from stages.config import NOT_IN_KEY, RoundsConfig, RunConfig, Section, StageConfig
+from stages.config import StageConfig
 from stages.contracts import Contract, Need, Progress, Summary
+from stages.run_config import RoundsConfig, RunConfig
+from stages.section import NOT_IN_KEY, Section
 from stages.shards import Row, ShardJob, Work, read_index, write_shards
 
 

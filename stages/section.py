@@ -1,0 +1,22 @@
+"""What every section of a configuration is: frozen, without unknown keys. No torch.
+
+A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and stays out of its
+key.
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class NotInKey:
+    """Marks a field that cannot change a result (paths, devices, worker counts, log intervals)."""
+
+
+NOT_IN_KEY = NotInKey()
+
+
+class Section(BaseModel):
+    """A frozen, keyword-only section; unknown keys are errors, docstrings become descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
