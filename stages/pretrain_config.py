@@ -48,6 +48,14 @@ class PretrainSamConfig(PretrainSection):
     """Pictures per update."""
     num_prompts: int = Field(6, gt=0)
     """Regions asked for per picture."""
+    kinds: int = Field(2, gt=0)
+    """Prompt types per update; the pictures are shared out among them, and prompts of one type are
+    decoded together."""
+    padded: float = Field(0.15, ge=0, le=1)
+    """Share of the updates that see the padding below the pictures, as `SamPredictor` will; the
+    others leave it out, for half the work."""
+    start: str | None = None
+    """Folder of a SAM to begin with, or builtin:sam; tensors of other shapes begin fresh."""
     affinity_weight: float = Field(2.0, ge=0)
     """Weight of the dense lesson in boundaries (`AffinityHead`)."""
     second_round: float = Field(0.15, ge=0, le=1)

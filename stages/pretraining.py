@@ -67,7 +67,7 @@ def pretrain(
         seen.append(values)
         cpu_s = spent_s + process_time() - started_s
         if (step + 1) % config.log_every == 0 or step + 1 == last:
-            row = {name: fmean(values[name] for values in seen) for name in values}
+            row = _means(seen, row)
             metrics.write({"step": step + 1, **row, "cpu_s": cpu_s})
             seen = []
         progress.advance(1, loss=values["total"])
@@ -87,6 +87,13 @@ def learning_rate_factor(config: PretrainSection, step: int) -> float:
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = (config.steps - step) / (config.decay_share * config.steps)
     return warm * min(1.0, left)
+
+
+def _means(seen: list[dict[str, float]], before: dict[str, float]) -> dict[str, float]:
+    """Means since the last line; of what no update since then told, the figures before."""
+    names = {name for values in seen for name in values}
+    told = {name: [values[name] for values in seen if name in values] for name in sorted(names)}
+    return before | {name: fmean(values) for name, values in told.items()}
 
 
 def _groups(network: nn.Module, config: PretrainSection) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from models.miniature.renderer import Picture
 
 PROMPT_TYPES = ("point", "points", "box", "mask", "mask_points")
 
-TYPE_SHARES = (0.10, 0.30, 0.14, 0.30, 0.16)
+TYPE_SHARES = (0.08, 0.24, 0.14, 0.30, 0.24)
 """How often a picture's prompts are of each type in training."""
 
 AREA_MIN_PX = 48
@@ -88,6 +88,7 @@ def make_lesson(
     *,
     num_prompts: int,
     kind: str | None = None,
+    num_points: int | None = None,
     clean: bool | None = None,
 ) -> Lesson | None:
     """Draw regions and prompts for a picture; None when nothing in it is large enough.
@@ -97,9 +98,9 @@ def make_lesson(
         generator: source of everything random.
         num_prompts: regions to ask for; repeats when there are fewer.
         kind: prompt type; drawn by `TYPE_SHARES` when None.
+        num_points: points per prompt where there are several, 2 to 5; drawn when None.
         clean: whether several points lie in the region itself, or in the noisy hint; drawn when
-        None
-            (a single point always lies in the region).
+            None (a single point always lies in the region).
     """
     found_RHW = regions(picture)
     if not len(found_RHW):
@@ -113,7 +114,8 @@ def make_lesson(
     kind = kind or str(generator.choice(PROMPT_TYPES, p=TYPE_SHARES))
     points = labels = boxes = masks = None
     if kind in ("point", "points", "mask_points"):
-        count = 1 if kind == "point" else int(generator.integers(2, 6))
+        several = num_points or int(generator.integers(2, 6))
+        count = 1 if kind == "point" else several
         clean = generator.random() < 0.5 if clean is None else clean
         origin_PHW = targets_PHW if clean or kind == "point" else hints_PHW
         points = np.stack([draw_points(mask, count, generator) for mask in origin_PHW])
@@ -182,11 +184,21 @@ def draw_box(mask_HW: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.clip(box + noise, 0, limits).astype(np.float32)
 
 
-def embed_images(sam: Sam, lessons: list[Lesson]) -> torch.Tensor:
-    """Image embeddings [B, C, g, g] of the lessons' pictures, whose longer side is SAM's size."""
+def embed_images(sam: Sam, lessons: list[Lesson], *, rows: int | None = None) -> torch.Tensor:
+    """Image embeddings [B, C, g, g] of the lessons' pictures, whose longer side is SAM's size.
+
+    `rows` keeps the upper rows of patches, those that the pictures fill, and leaves the padding
+    out: half the work. The stem sees the padding all the same.
+    """
     pictures = [torch.tensor(lesson.image_HW3).permute(2, 0, 1).float() for lesson in lessons]
     inputs = torch.stack([sam.preprocess(picture) for picture in pictures])
-    return sam.image_encoder(inputs)
+    encoder = sam.image_encoder
+    if rows is None:
+        return encoder(inputs)
+    patches = (encoder.patch_embed(inputs) + encoder.pos_embed)[:, :rows]
+    for block in encoder.blocks:
+        patches = block(patches)
+    return encoder.neck(patches.permute(0, 3, 1, 2))
 
 
 def mask_grid(masks_PHW: torch.Tensor, size: int, grid: int) -> torch.Tensor:
@@ -198,20 +210,21 @@ def mask_grid(masks_PHW: torch.Tensor, size: int, grid: int) -> torch.Tensor:
 
 def decode(
     sam: Sam,
-    embedding: torch.Tensor,
-    lesson: Lesson,
+    embeddings_BCgg: torch.Tensor,
+    lessons: list[Lesson],
     *,
     extra: tuple[torch.Tensor, torch.Tensor] | None = None,
     masks_PGG: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All four mask outputs for a lesson's prompts.
+    """All four mask outputs for the prompts of lessons of one kind, P prompts in all.
 
     Args:
         sam: the network.
-        embedding: [1, C, g, g].
-        lesson: the prompts.
-        extra: more points [P, N, 2] with labels [P, N], for a second round.
-        masks_PGG: mask prompt [P, 1, G, G] of a second round, instead of the lesson's.
+        embeddings_BCgg: of the lessons' pictures; with fewer rows than columns, the padding below
+            the pictures is left out of the decoding too.
+        lessons: the prompts, as many points in each.
+        extra: more points [P, 1, 2] with labels [P, 1], for a second round.
+        masks_PGG: mask prompt [P, 1, G, G] of a second round, instead of the lessons'.
 
     Returns:
         Mask logits [P, 4, h, w] in the part of SAM's mask grid that the picture fills, the same
@@ -219,34 +232,61 @@ def decode(
     """
     grid = sam.prompt_encoder.mask_input_size[0]
     size = sam.image_encoder.img_size
-    points = None
-    if lesson.points_PN2 is not None:
-        points = torch.from_numpy(lesson.points_PN2), torch.from_numpy(lesson.point_labels_PN)
+    rows = embeddings_BCgg.shape[2]
+    points = _joined([lesson.points_PN2 for lesson in lessons])
+    labels = _joined([lesson.point_labels_PN for lesson in lessons])
+    boxes = _joined([lesson.boxes_P4 for lesson in lessons])
+    hints = _joined([lesson.masks_PHW for lesson in lessons])
     if extra is not None:
-        points = (
-            extra
-            if points is None
-            else (torch.cat([points[0], extra[0]], 1), torch.cat([points[1], extra[1]], 1))
-        )
-    boxes = None if lesson.boxes_P4 is None else torch.from_numpy(lesson.boxes_P4)
-    if masks_PGG is None and lesson.masks_PHW is not None:
-        masks_PGG = mask_grid(torch.from_numpy(lesson.masks_PHW), size, grid)
-    sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks_PGG)
-    low_PMGG, iou_PM = sam.mask_decoder.predict_masks(
-        image_embeddings=embedding,
-        image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
+        points = extra[0] if points is None else torch.cat([points, extra[0]], 1)
+        labels = extra[1] if labels is None else torch.cat([labels, extra[1]], 1)
+    if masks_PGG is None and hints is not None:
+        masks_PGG = mask_grid(hints, size, grid)
+    if masks_PGG is not None:
+        masks_PGG = masks_PGG[..., : rows * grid // sam.prompt_encoder.image_embedding_size[0], :]
+    clicks = None if points is None else (points, labels)
+    sparse, dense = sam.prompt_encoder(points=clicks, boxes=boxes, masks=masks_PGG)
+    low_PMGG, iou_PM = _decode_masks(
+        sam,
+        embeddings_BCgg.repeat_interleave(len(sparse) // len(lessons), 0),
+        sparse,
+        dense[..., :rows, :],
     )
-    height, width = lesson.targets_PHW.shape[-2:]
+    height, width = lessons[0].targets_PHW.shape[-2:]
     low_PMGG = low_PMGG.float()
     filled_PMhw = low_PMGG[..., : height * grid // size, : width * grid // size]
     return filled_PMhw, low_PMGG, iou_PM.float()
 
 
+def _joined(parts: list[np.ndarray | None]) -> torch.Tensor | None:
+    return None if parts[0] is None else torch.from_numpy(np.concatenate(parts))
+
+
+def _decode_masks(
+    sam: Sam, images_PCgg: torch.Tensor, sparse_PNC: torch.Tensor, dense_PCgg: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`MaskDecoder.predict_masks` for prompts of different pictures: it repeats one picture."""
+    decoder = sam.mask_decoder
+    own_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([own_tokens.expand(len(sparse_PNC), -1, -1), sparse_PNC], 1)
+    source = images_PCgg + dense_PCgg
+    positions = sam.prompt_encoder.get_dense_pe()[..., : source.shape[2], :]
+    answers, pixels = decoder.transformer(
+        source, positions.expand(len(source), -1, -1, -1), tokens
+    )
+    upscaled = decoder.output_upscaling(pixels.transpose(1, 2).reshape(source.shape))
+    filters = torch.stack(
+        [mlp(answers[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1
+    )
+    masks = (filters @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+    return masks, decoder.iou_prediction_head(answers[:, 0])
+
+
 def enlarge(logits_PMhw: torch.Tensor, targets_PHW: torch.Tensor) -> torch.Tensor:
     """Mask logits at the picture's size, bilinearly, [P, M, H, W]."""
     size = tuple(targets_PHW.shape[-2:])
+    if tuple(logits_PMhw.shape[-2:]) == size:
+        return logits_PMhw
     return F.interpolate(logits_PMhw, size, mode="bilinear", align_corners=False)
 
 
@@ -271,8 +311,7 @@ class AffinityHead(nn.Module):
     def forward(self, embeddings_BCgg: torch.Tensor, lessons: list[Lesson]) -> torch.Tensor:
         """Binary cross-entropy over all cells and neighbours that lie in the picture."""
         logits_BAGG = self.shuffle(self.project(embeddings_BCgg)).float()
-        size = max(lessons[0].entities_HW.shape)
-        step = size // logits_BAGG.shape[-1]
+        step = max(lessons[0].entities_HW.shape) // logits_BAGG.shape[-1]
         middle = slice(step // 2, None, step)
         cells = np.stack([lesson.entities_HW[middle, middle] for lesson in lessons])
         cells_Bhw = torch.from_numpy(cells.astype(np.int64))

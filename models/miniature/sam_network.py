@@ -19,13 +19,13 @@ from torch import nn
 
 SIZES: dict[str, Any] = {
     "image_size": 128,
-    "patch_size": 8,
+    "patch_size": 4,
     "vit_stem": "convolutions",
     "vit_embed_dim": 128,
     "vit_depth": 2,
     "vit_heads": 4,
-    "vit_window": 8,
-    "vit_global_attn_indexes": [1],
+    "vit_window": 16,
+    "vit_global_attn_indexes": [],
     "prompt_embed_dim": 128,
     "mask_in_chans": 16,
     "decoder_depth": 2,
@@ -36,31 +36,42 @@ SIZES: dict[str, Any] = {
     "pixel_mean": [123.675, 116.28, 103.53],
     "pixel_std": [58.395, 57.12, 57.375],
 }
-"""The miniature's sizes. Pictures of 64x128 fill the upper half of the input, as SAM pads."""
+"""The miniature's sizes. Pictures of 64x128 fill the upper half of the input, as SAM pads.
+
+Patches of 4 make the mask grid as fine as the picture: with patches of 8 masks of regions below
+256 pixels were hardly better than their prompts. Windows of 16 cut the 32x32 patches where the
+picture ends, so that nothing of the padding enters the picture's embedding.
+"""
 
 
 class EarlyConvolutions(nn.Module):
-    """Convolutions in place of the patch embedding: [B, 3, H, W] to [B, H/8, W/8, C].
+    """Convolutions in place of the patch embedding: [B, 3, H, W] to [B, H/p, W/p, C], p 4 or 8.
 
-    A transformer on bare 8x8 patches learns edges slowly from few pictures; convolutions begin with
-    them (Xiao et al., Early Convolutions Help Transformers See Better, NeurIPS 2021). The maps of
-    strides 2 and 4 are folded into the patches, so that masks can be finer than a patch.
+    A transformer on bare patches learns edges slowly from few pictures; convolutions begin with
+    them (Xiao et al., Early Convolutions Help Transformers See Better, NeurIPS 2021). Finer maps
+    than the patches are folded into them, so that masks can be finer than a patch; coarser ones
+    are repeated.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, patch_size: int):
         super().__init__()
+        if patch_size not in (4, 8):
+            raise ValueError(f"vit_stem convolutions: patch_size {patch_size}, not 4 or 8")
         self.stride2 = ConvolutionBlock(3, 24)
         self.stride4 = ConvolutionBlock(24, 48)
         self.stride8 = ConvolutionBlock(48, 96)
-        self.fold2 = nn.Sequential(nn.Conv2d(24, 8, 1), nn.PixelUnshuffle(4))
-        self.fold4 = nn.Sequential(nn.Conv2d(48, 24, 1), nn.PixelUnshuffle(2))
-        self.join = nn.Conv2d(96 + 8 * 16 + 24 * 4, dim, 1)
+        step2, step4 = patch_size // 2, patch_size // 4
+        width2, width4 = (8, 24) if patch_size == 8 else (16, 48)
+        self.fold2 = nn.Sequential(nn.Conv2d(24, width2, 1), nn.PixelUnshuffle(step2))
+        self.fold4 = nn.Sequential(nn.Conv2d(48, width4, 1), nn.PixelUnshuffle(step4))
+        self.repeat8 = nn.Upsample(scale_factor=8 // patch_size, mode="nearest")
+        self.join = nn.Conv2d(96 + width2 * step2**2 + width4 * step4**2, dim, 1)
 
     def forward(self, x_B3HW: torch.Tensor) -> torch.Tensor:
         """Patch embeddings, channels last as `ImageEncoderViT` wants them."""
         fine = self.stride2(x_B3HW)
         middle = self.stride4(fine)
-        coarse = self.stride8(middle)
+        coarse = self.repeat8(self.stride8(middle))
         joined = self.join(torch.cat([coarse, self.fold2(fine), self.fold4(middle)], 1))
         return joined.permute(0, 2, 3, 1)
 
@@ -123,9 +134,8 @@ def build_sam(sizes: dict[str, Any]) -> Sam:
     _attend_to_positions(sam.mask_decoder.transformer)
     match sizes["vit_stem"]:
         case "convolutions":
-            if sizes["patch_size"] != 8:
-                raise ValueError(f"vit_stem convolutions: patch_size {sizes['patch_size']}, not 8")
-            sam.image_encoder.patch_embed = EarlyConvolutions(sizes["vit_embed_dim"])
+            stem = EarlyConvolutions(sizes["vit_embed_dim"], sizes["patch_size"])
+            sam.image_encoder.patch_embed = stem
             _begin_as_identity(sam.image_encoder.blocks)
         case "patches":
             pass
