@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from segment_anything.modeling import Sam
 from torch import nn
 
+from models.config import weights_path
 from models.miniature import sam_lessons
 from models.miniature.renderer import render
 from models.miniature.sam_lessons import PROMPT_TYPES, TYPE_SHARES, AffinityHead, Lesson
