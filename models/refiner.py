@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 from models.config import weights_path
 from models.masks import scale_points
-from models.miniature.sam_network import SIZES, build_sam, read_sizes
+from models.miniature.sam_network import TINY_SIZES, build_sam, read_sizes
 from models.tensors import read_tensors
 
 OFFICIAL = ("vit_b", "vit_l", "vit_h")
 """Sizes of the official checkpoints."""
 TINY = "tiny"
-"""The miniature's sizes with seeded random weights, for tests."""
+"""A quarter of the miniature's patches, with seeded random weights: for tests."""
 FROM_CONFIG = "config"
 """Sizes read from `config.json` beside the weights."""
 MODELS = (*OFFICIAL, FROM_CONFIG, TINY)
@@ -352,7 +352,7 @@ def _build(model: str, file: Path | None) -> Sam:
     if model in OFFICIAL:
         return sam_model_registry[model]()
     if model == TINY:
-        return build_sam(SIZES)
+        return build_sam(TINY_SIZES)
     if file is None:
         raise ValueError(
             "refine.model=config reads the sizes beside the weights: set refine.weights to a "

@@ -194,7 +194,7 @@ class RefineConfig(Section):
     (SAM4UDASS), stuff_things (SeCo): automatic masks, labelled by the teacher's labels in them."""
     model: str = "vit_h"
     """SAM variant (vit_b, vit_l, vit_h), "config" to read the sizes beside the weights, or "tiny":
-    the miniature's sizes (with weights null: random, for tests)."""
+    a quarter of the miniature's (with weights null: random, for tests)."""
     weights: str | None = None
     """SAM checkpoint: file, folder or builtin:NAME; None: seeded random weights (tests only; said
     in the report)."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from models.miniature import clip_lessons, clip_network, sam_lessons
 from models.miniature.clip_lessons import PatchHeads
 from models.miniature.renderer import render
-from models.miniature.sam_network import SIZES, build_sam
+from models.miniature.sam_network import SIZES, TINY_SIZES, build_sam
 from stages import pretrain_sam
 from stages.config import StageConfig
 from stages.pretrain_config import PretrainRecipe
@@ -68,11 +68,14 @@ def test_lessons_are_a_function_of_seed_and_step():
         pretrain_sam.lessons_of_step(section, step, seed=seed)
         for step, seed in ((5, 0), (5, 0), (5, 1))
     )
-    for one, two in zip(first, again, strict=True):
+    assert len(first) == section.kinds
+    for one, two in zip(
+        *([one for group in step for one in group] for step in (first, again)), strict=True
+    ):
         assert one.kind == two.kind
         assert np.array_equal(one.targets_PHW, two.targets_PHW)
         assert np.array_equal(one.hints_PHW, two.hints_PHW)
-    assert not np.array_equal(first[0].image_HW3, other[0].image_HW3)
+    assert not np.array_equal(first[0][0].image_HW3, other[0][0].image_HW3)
 
 
 def test_spoiled_masks_are_wrong_but_not_hopeless():
@@ -135,6 +138,82 @@ def test_cropping_before_enlarging_is_what_sam_does_away_from_the_padding():
     assert torch.allclose(ours[..., :-1, :], theirs[..., :-1, :], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", sam_lessons.PROMPT_TYPES)
+def test_prompts_of_several_pictures_decode_as_segment_anything_decodes_them_one_by_one(kind):
+    torch.manual_seed(0)
+    sam = build_sam(SIZES)
+    lessons = [
+        sam_lessons.make_lesson(
+            render("web", seed=seed), np.random.default_rng(seed), num_prompts=3, kind=kind,
+            num_points=2,
+        )
+        for seed in (1, 2)
+    ]  # fmt: skip
+    with torch.inference_mode():
+        embeddings = sam_lessons.embed_images(sam, lessons)
+        _, together, iou = sam_lessons.decode(sam, embeddings, lessons)
+        for index, lesson in enumerate(lessons):
+            one = embeddings[index : index + 1]
+            points = None
+            if lesson.points_PN2 is not None:
+                points = [torch.from_numpy(lesson.points_PN2)]
+                points.append(torch.from_numpy(lesson.point_labels_PN))
+            boxes = None if lesson.boxes_P4 is None else torch.from_numpy(lesson.boxes_P4)
+            masks = None
+            if lesson.masks_PHW is not None:
+                masks = sam_lessons.mask_grid(torch.from_numpy(lesson.masks_PHW), 128, 128)
+            sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
+            expected, expected_iou = sam.mask_decoder.predict_masks(
+                image_embeddings=one,
+                image_pe=sam.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+            )
+            own = slice(3 * index, 3 * index + 3)
+            assert torch.allclose(together[own], expected, atol=1e-4)
+            assert torch.allclose(iou[own], expected_iou, atol=1e-5)
+
+
+def test_leaving_the_padding_out_changes_only_the_last_row_of_the_embedding():
+    torch.manual_seed(0)
+    sam = build_sam(SIZES)
+    for block in sam.image_encoder.blocks:  # they begin as identity
+        torch.nn.init.normal_(block.attn.proj.weight, std=0.05)
+    lesson = sam_lessons.make_lesson(
+        render("web", seed=3), np.random.default_rng(0), num_prompts=2, kind="box"
+    )
+    with torch.inference_mode():
+        whole = sam_lessons.embed_images(sam, [lesson])
+        filled = sam_lessons.embed_images(sam, [lesson], rows=16)
+        masks, grid, _ = sam_lessons.decode(sam, filled, [lesson])
+    assert whole.shape[-2:] == (32, 32)
+    assert torch.allclose(filled[..., :15, :], whole[..., :15, :], atol=1e-5)
+    assert masks.shape[-2:] == (64, 128)
+    assert grid.shape[-2:] == (64, 128)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8])
+def test_stem_gives_one_embedding_per_patch(patch_size):
+    sam = build_sam(SIZES | {"patch_size": patch_size})
+    patches = sam.image_encoder.patch_embed(torch.zeros(1, 3, 128, 128))
+    assert patches.shape == (1, 128 // patch_size, 128 // patch_size, SIZES["vit_embed_dim"])
+    with pytest.raises(ValueError, match="patch_size 16, not 4 or 8"):
+        build_sam(SIZES | {"patch_size": 16})
+
+
+def test_training_begins_with_the_tensors_of_an_earlier_sam_that_fit(tmp_path):
+    torch.manual_seed(1)
+    early = build_sam(TINY_SIZES)
+    pretrain_sam.save_sam(early, tmp_path / "early")
+    torch.manual_seed(2)
+    sam = build_sam(SIZES)
+    taken = pretrain_sam.begin_with(sam, str(tmp_path / "early"))
+    own, theirs = sam.state_dict(), early.state_dict()
+    fitting = [name for name in own if name in theirs and own[name].shape == theirs[name].shape]
+    assert taken == len(fitting) < len(own)
+    assert all(torch.allclose(own[name], theirs[name], atol=1e-3) for name in fitting)
+
+
 def test_affinity_head_reads_entities_of_neighbours():
     head = sam_lessons.AffinityHead(8)
     picture = render("source", seed=2)
@@ -143,7 +222,7 @@ def test_affinity_head_reads_entities_of_neighbours():
         head.project.weight.zero_()
         head.project.bias.fill_(20.0)
     says_same = float(head(torch.zeros(1, 8, 16, 16), [lesson]).detach())
-    cells = picture.entities_HW[1::2, 1::2].astype(int)
+    cells = picture.entities_HW[1::2, 1::2].astype(int)  # a grid of 64 for 128 pixels
     differ = [
         (cells[: 32 - down, : 64 - right] != cells[down:, right:]).mean()
         for down, right in sam_lessons.NEIGHBOURS

@@ -271,9 +271,7 @@ def _decode_masks(
     tokens = torch.cat([own_tokens.expand(len(sparse_PNC), -1, -1), sparse_PNC], 1)
     source = images_PCgg + dense_PCgg
     positions = sam.prompt_encoder.get_dense_pe()[..., : source.shape[2], :]
-    answers, pixels = decoder.transformer(
-        source, positions.expand(len(source), -1, -1, -1), tokens
-    )
+    answers, pixels = decoder.transformer(source, positions.expand(len(source), -1, -1, -1), tokens)
     upscaled = decoder.output_upscaling(pixels.transpose(1, 2).reshape(source.shape))
     filters = torch.stack(
         [mlp(answers[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1

@@ -44,6 +44,10 @@ picture ends, so that nothing of the padding enters the picture's embedding.
 """
 
 
+TINY_SIZES = SIZES | {"patch_size": 8, "vit_window": 8}
+"""A quarter of the patches: for tests, and the miniature's first SAM."""
+
+
 class EarlyConvolutions(nn.Module):
     """Convolutions in place of the patch embedding: [B, 3, H, W] to [B, H/p, W/p, C], p 4 or 8.
 
