@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from flows import provenance
-from flows.engine import Engine, MissingNeedError
+from flows.digests import key_of
+from flows.engine import Engine
 from flows.keys import key_part
 from flows.pipeline import Instance
 from flows.recipes import ConfigError, nearest
-from flows.store import key_of
+from flows.steps import MissingNeedError
 from stages.contracts import Summary, labelspace_file
 
 _IMPORTABLE = ("train_source", "self_train")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.engine import Engine, Listener
+from flows.engine import Engine
 from flows.pipeline import Instance
 from flows.recipes import ConfigError, nearest
+from flows.steps import Listener
 from flows.store import Store
 from models.config import MINIATURE_DIR, weights_path
 from stages.contracts import labelspace_file

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import console, submission, use, verbs
-from flows.engine import Engine, MissingNeedError, StageError
+from flows.engine import Engine
 from flows.options import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -25,9 +25,11 @@ from flows.options import (
     selection_options,
     store_options,
 )
+from flows.outputs import StoreError
 from flows.pipeline import Instance, select
 from flows.recipes import ConfigError, load_recipe, nearest
-from flows.store import Store, StoreError
+from flows.steps import MissingNeedError, StageError
+from flows.store import Store
 from stages.launch import be_patient
 
 _GROUPS = {

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from flows.inspection import locate
 from flows.keys import flatten
+from flows.outputs import read_json
 from flows.pipeline import build
 from flows.recipes import ConfigError, load_recipe, recipe_files
-from flows.store import Store, read_json
+from flows.store import Store
 
 ABSENT = "(absent)"
 _RUN_WORDS = {"last": -1, "before-last": -2}

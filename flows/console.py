@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.engine import Engine, Result, StageError, Step
+from flows.engine import Engine
+from flows.outputs import read_json
 from flows.pipeline import Instance
-from flows.store import read_json
+from flows.steps import Result, StageError, Step
 from stages.contracts import Progress
 
 _MARKS = {"run": "RUN", "skip": "skip", "may run": "may run", "blocked": "BLOCKED"}

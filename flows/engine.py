@@ -4,116 +4,27 @@ The engine works the same under the command line and under Prefect; it imports n
 torch. A stage runs in its staging folder, the engine commits.
 """
 
-import datetime
-import json
-import os
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from flows import provenance
+from flows.digests import key_of
+from flows.kept_progress import KeptProgress, now
 from flows.keys import differences, ingredients
+from flows.outputs import Problem, StoreError, output_digest, problems_of, read_json
 from flows.pipeline import Instance, build
 from flows.recipes import ConfigError, nearest
-from flows.store import Problem, Store, StoreError, key_of, output_digest, read_json
-from stages.contracts import CONTRACTS, Contract, Progress, Summary
+from flows.steps import Artifact, Executor, Listener, MissingNeedError, Result, StageError, Step
+from flows.store import Store
+from stages.contracts import CONTRACTS, Contract
 from stages.memory import forget_peak, is_out_of_memory, peak_memory_bytes
 from stages.shards import shard_folders, write_json
-
-Action = Literal["run", "skip", "may run", "blocked"]
-"""blocked: an input is not there, and not part of what was selected."""
-PROGRESS_EVERY_S = 1.0
-
-
-class MissingNeedError(ValueError):
-    """A stage's input is not there; the message names the command that makes it."""
-
-
-class StageError(Exception):
-    """A stage failed. `user` says whether it is a user's mistake (then the message suffices)."""
-
-    def __init__(self, instance: str, error: BaseException, kept: Path) -> None:
-        self.instance, self.error, self.kept = instance, error, kept
-        self.user = isinstance(error, ValueError | OSError | MemoryError)
-        super().__init__(f"{instance}: {error}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """A committed artifact: whose it is, its key, folder and manifest."""
-
-    name: str
-    key: str
-    folder: Path
-    manifest: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What a plan says of one instance."""
-
-    instance: Instance
-    action: Action
-    reason: str
-    changes: tuple[str, ...] = ()
-    key: str | None = None
-    folder: Path | None = None
-    resumes: str | None = None
-    """Work found from an earlier attempt, such as "400/600 pictures"."""
-    held_by: str | None = None
-    """Which process works on it right now."""
-    last_seconds: float | None = None
-    estimate_s: float | None = None
-    estimate_bytes: int | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values for `plan --json`."""
-        return {
-            "instance": self.instance.name,
-            "action": self.action.upper(),
-            "reason": self.reason,
-            "changes": list(self.changes),
-            "key": self.key,
-            "folder": str(self.folder) if self.folder else None,
-            "resumes": self.resumes,
-            "held_by": self.held_by,
-            "last_seconds": self.last_seconds,
-            "estimate_s": self.estimate_s,
-            "estimate_bytes": self.estimate_bytes,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What running one instance came to."""
-
-    artifact: Artifact
-    cached: bool
-    seconds: float
-    text: str
-
-
-class Listener(Protocol):
-    """Who is told what happens (the command line, or Prefect)."""
-
-    def stage_started(self, instance: Instance, resumes: str | None) -> Progress:
-        """A stage begins; the returned object receives its progress."""
-
-    def stage_finished(self, instance: Instance, result: Result) -> None:
-        """A stage ended well, or was found done."""
-
-    def say(self, text: str) -> None:
-        """A line for people."""
-
-
-Executor = Callable[[Mapping[str, Any], Progress, int], Summary]
-"""Runs the stage that a spec describes (see `stages/launch.py`) and returns its summary. The last
-argument is the file descriptor of the key's lock, for children to inherit."""
 
 
 @dataclass
@@ -184,7 +95,7 @@ class Engine:
             return self._will_run(base, reason, changes, newest)
         try:
             manifest = self.store.manifest(folder)
-            problems = self.store.problems(folder, manifest)
+            problems = problems_of(folder, manifest)
         except StoreError as error:
             return self._will_run(base, str(error), (), newest)
         if problems:
@@ -314,7 +225,7 @@ class Engine:
         if folder is not None:
             try:
                 manifest = self.store.manifest(folder)
-                problems = self.store.problems(folder, manifest)
+                problems = problems_of(folder, manifest)
                 if not problems:
                     artifact = Artifact(name=name, key=key, folder=folder, manifest=manifest)
                     self._found[name] = artifact
@@ -353,7 +264,7 @@ class Engine:
         folder = self.store.folder(name, key)
         try:
             manifest = self.store.manifest(folder)
-            problem = _say_problems(self.store.problems(folder, manifest))
+            problem = _say_problems(problems_of(folder, manifest))
         except StoreError as error:
             problem = str(error)
         if problem:
@@ -406,7 +317,7 @@ class Engine:
             return None
         try:
             manifest = self.store.manifest(folder)
-            problems = self.store.problems(folder, manifest)
+            problems = problems_of(folder, manifest)
         except StoreError:
             if folder == self.store.folder(instance.name, key):
                 self.store.trash(folder)
@@ -451,8 +362,9 @@ class Engine:
                 self.store.trash(staging)
         resumes = self.unfinished(name, key)
         staging.mkdir(parents=True, exist_ok=True)
-        told = _Told(self.store.progress_file(name, key), listener.stage_started(instance, resumes))
-        started, clock = _now(), time.perf_counter()
+        listening = listener.stage_started(instance, resumes)
+        told = KeptProgress(self.store.progress_file(name, key), listening)
+        started, clock = now(), time.perf_counter()
         forget_peak()  # what stages before this one left loaded still counts
         try:
             summary = execute(self.spec(instance, staging), told, lock)
@@ -480,7 +392,7 @@ class Engine:
             "summary": {"text": summary.text, "numbers": dict(summary.numbers)},
             "work": told.work(),
             "started": started,
-            "finished": _now(),
+            "finished": now(),
             "seconds": round(time.perf_counter() - clock, 3),
             "peak_memory_bytes": max(peak_memory_bytes(), summary.peak_memory_bytes),
             "run_id": self.run_id,
@@ -537,63 +449,13 @@ class Engine:
             "error": type(error).__name__,
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error)),
-            "when": _now(),
+            "when": now(),
         }
         try:
             write_json(path, record)
         except OSError as reason:
             print(f"could not keep the error at {path}: {reason}", file=sys.stderr)
         return path
-
-
-class _Told:
-    """Passes progress on, and keeps the newest in a file for `status` and `plan`."""
-
-    def __init__(self, path: Path, listener: Progress) -> None:
-        self._path, self._listener = path, listener
-        self._total, self._done, self._unit = 0, 0, ""
-        self._found = 0
-        self._began: float | None = None
-        self._saved = 0.0
-
-    def start(self, total: int, unit: str, *, done: int = 0) -> None:
-        self._total, self._unit, self._done, self._found = total, unit, done, done
-        self._began = self._began or time.perf_counter()
-        self._listener.start(total, unit, done=done)
-        self.save()
-
-    def advance(self, count: int = 1, **metrics: float) -> None:
-        self._done += count
-        self._listener.advance(count, **metrics)
-        if time.monotonic() - self._saved > PROGRESS_EVERY_S:
-            self.save()
-
-    def note(self, text: str) -> None:
-        self._listener.note(text)
-
-    def save(self) -> None:
-        """Write the newest state, unless the disk refuses (progress is no reason to stop)."""
-        self._saved = time.monotonic()
-        record = {
-            "total": self._total,
-            "done": self._done,
-            "unit": self._unit,
-            "pid": os.getpid(),
-            "updated": _now(),
-        }
-        try:
-            temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_text(json.dumps(record))
-            temporary.replace(self._path)
-        except OSError:
-            return
-
-    def work(self) -> dict[str, Any]:
-        """Units done in this attempt and the seconds since work began, for rates."""
-        told = {"total": self._total, "done": self._done - self._found, "unit": self._unit}
-        if self._began is not None:
-            told["seconds"] = round(time.perf_counter() - self._began, 3)
-        return told
 
 
 def _config_of(instance: Instance) -> dict[str, Any]:
@@ -617,7 +479,3 @@ def _with_advice(error: Exception, instance: Instance) -> MemoryError:
 def _say_problems(problems: Sequence[Problem]) -> str:
     shown = "; ".join(str(problem) for problem in problems[:3])
     return shown + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

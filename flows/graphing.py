@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.engine import Action, Step
+from flows.steps import Action, Step
 
 STATES: dict[Action, str] = {
     "skip": "done",

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.store import LATEST, MANIFEST, Store, StoreError, read_json
+from flows.outputs import MANIFEST, StoreError, read_json
+from flows.store import LATEST, Store
 
 DAY_S = 86_400
 _RUN_MAX_S = 30 * DAY_S

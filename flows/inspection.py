@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.outputs import Problem, StoreError, problems_of, read_json
 from flows.recipes import ConfigError, nearest
-from flows.store import Problem, Store, StoreError, read_json
+from flows.store import Store
 
 _MANY = 12
 
@@ -150,7 +151,7 @@ def verify(
         except StoreError:
             yield folder, None, [Problem(path="manifest.json", state="altered")]
             continue
-        yield folder, manifest, store.problems(folder, manifest, full=full)
+        yield folder, manifest, problems_of(folder, manifest, full=full)
     for folder in store.without_manifest():
         yield folder, None, [Problem(path="manifest.json", state="missing")]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from flows.digests import digest_of, listing_digest
 from flows.pipeline import Instance
-from flows.store import Store, digest_of, listing_digest
+from flows.store import Store
 from models.config import weights_path
 from stages.contracts import External
 from stages.section import NotInKey

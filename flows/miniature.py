@@ -26,11 +26,13 @@ elif _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
 from flows import console  # noqa: E402
-from flows.engine import Engine, MissingNeedError, StageError  # noqa: E402
+from flows.engine import Engine  # noqa: E402
+from flows.outputs import StoreError  # noqa: E402
 from flows.pipeline import select  # noqa: E402
 from flows.recipes import ConfigError, parse_override, set_dotted, validate  # noqa: E402
 from flows.runs import run  # noqa: E402
-from flows.store import Store, StoreError  # noqa: E402
+from flows.steps import MissingNeedError, StageError  # noqa: E402
+from flows.store import Store  # noqa: E402
 from models.config import MINIATURE_DIR  # noqa: E402
 from stages.contracts import Contract, External, Need  # noqa: E402
 from stages.launch import execute  # noqa: E402

@@ -36,11 +36,12 @@ from prefect.concurrency.sync import concurrency
 from prefect.settings import get_current_settings
 from prefect.states import Completed, State
 
-from flows.engine import Engine, Result, StageError
+from flows.engine import Engine
 from flows.gpus import wants_gpu
 from flows.pipeline import Instance
 from flows.recipes import ConfigError
 from flows.runs import arrange, run
+from flows.steps import Result, StageError
 from stages.contracts import STAGE_NAMES, Progress, Summary
 from stages.launch import StageKilled, run_child
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.check import preflight
-from flows.engine import Engine, Executor, Listener, Result, StageError
+from flows.engine import Engine
 from flows.pipeline import Instance, select
 from flows.recipes import load_recipe
+from flows.steps import Executor, Listener, Result, StageError
 from flows.store import Store
 
 

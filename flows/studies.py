@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator
 
+from flows.digests import digest_of
 from flows.engine import Engine
 from flows.pipeline import Instance
 from flows.recipes import ConfigError, load_recipe, nearest, validate
-from flows.store import Store, digest_of
+from flows.store import Store
 from stages.published import Table as PublishedTable
 from stages.section import Section
 

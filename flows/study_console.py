@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows import console
-from flows.engine import Result
 from flows.pipeline import Instance
+from flows.steps import Result
 from flows.studies import Plan, Study, Trial
 from flows.study_runs import Forecast
 from stages.study_table import Outcome, Row, Table, difference_text, spread_text

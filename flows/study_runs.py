@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from flows.engine import Artifact, Engine, Executor, Listener, MissingNeedError, StageError, Step
+from flows.digests import key_of
+from flows.engine import Engine
 from flows.keys import ingredients
+from flows.outputs import StoreError, read_json
 from flows.pipeline import Instance
 from flows.provenance import facts
 from flows.recipes import ConfigError
 from flows.runs import run
-from flows.store import StoreError, key_of, read_json
+from flows.steps import Artifact, Executor, Listener, MissingNeedError, StageError, Step
 from flows.studies import Figure, Plan, Trial
 from stages.published import Table as PublishedTable
 from stages.published import read_published

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from flows import console
 from flows.inspection import locate
+from flows.outputs import StoreError
 from flows.recipes import ConfigError
-from flows.store import LATEST, Store, StoreError
+from flows.store import LATEST, Store
 from stages.contracts import Summary
 from stages.use_config import ExportConfig, FeatureMapConfig, PredictConfig
 

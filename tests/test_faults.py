@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.outputs import problems_of
 from flows.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +87,7 @@ def digests(artifacts):
     found = {}
     for folder in store.artifacts():
         manifest = store.manifest(folder)
-        assert store.problems(folder, manifest, full=True) == []
+        assert problems_of(folder, manifest, full=True) == []
         if manifest["stage"] != "report":
             found[manifest["instance"]] = (manifest["key"], manifest["digest"])
     return found

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from flows.filesystem import lacks
-from flows.store import Store, StoreError
+from flows.outputs import StoreError
+from flows.store import Store
 from stages.training import Checkpoints
 from tests.tiny import Told
 
@@ -23,8 +24,9 @@ NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 FILLING = """
 import subprocess, sys
 from pathlib import Path
-from flows.engine import StageError
-from flows.store import Store, StoreError
+from flows.steps import StageError
+from flows.outputs import StoreError
+from flows.store import Store
 from tests.test_stages_crew import make, shards_of
 
 def mount(*options):

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.engine import MissingNeedError, StageError
+from flows.digests import listing_digest
 from flows.inspection import status
+from flows.outputs import StoreError
 from flows.pipeline import select
 from flows.recipes import ConfigError
 from flows.runs import run
-from flows.store import Store, StoreError, listing_digest
+from flows.steps import MissingNeedError, StageError
+from flows.store import Store
 from stages.contracts import CONTRACTS
 from tests.toy_pipeline import Ears, engine, in_child, in_process
 

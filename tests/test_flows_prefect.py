@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.engine import StageError
 from flows.gpus import count_gpus, wants_gpu
+from flows.outputs import problems_of
+from flows.steps import StageError
 from flows.store import Store
 from tests import toy_pipeline
 from tests.prefect_server import PASSWORD, Prefect, end, until
@@ -251,7 +252,7 @@ def test_after_kill_9_of_a_process_of_prefects_the_next_run_goes_on(
     run = prefect.finished(prefect.deploy_and_run("whole", **given), timeout_s=300)
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert "60 steps" in manifest(folder, "train_source")["summary"]["text"]
-    assert Store(folder).problems(*whole(folder, "train_source"), full=True) == []
+    assert problems_of(*whole(folder, "train_source"), full=True) == []
 
 
 def whole(folder: Path, name: str) -> tuple[Path, dict]:

@@ -8,6 +8,7 @@ import asyncio
 import asyncpg
 import pytest
 
+from flows.outputs import problems_of
 from flows.store import Store
 from tests.postgres_cluster import PROGRAMS, USER, cluster
 from tests.prefect_server import Prefect, until
@@ -83,7 +84,7 @@ def test_the_database_restarts_in_the_middle_of_a_run_and_nothing_is_lost(
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert f"{NUM_INSTANCES} made, 0 done before" in run["state"]["message"]
     store = Store(tmp_path)
-    assert all(not store.problems(f, store.manifest(f), full=True) for f in store.artifacts())
+    assert all(not problems_of(f, store.manifest(f), full=True) for f in store.artifacts())
     tasks = prefect.tasks(run_id, count=NUM_INSTANCES)
     assert {task["state_name"] for task in tasks.values()} == {"Completed"}
     assert "clouds-summary" in prefect.artifacts(run_id)

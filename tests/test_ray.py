@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.engine import StageError
+from flows.steps import StageError
 from tests.test_faults import SHARED, digests, start
 from tests.test_stages_crew import COUNT, make, shards_of
 

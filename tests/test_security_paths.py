@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.engine import StageError
+from flows.digests import digest_of
+from flows.outputs import StoreError, problems_of
 from flows.recipes import ConfigError
-from flows.store import Store, StoreError, digest_of
+from flows.steps import StageError
+from flows.store import Store
 from stages.adoption import adopt
 from stages.readers import load_index
 from stages.shards import (
@@ -70,7 +72,7 @@ def test_a_manifest_that_names_a_file_outside_is_unsafe(made, path):
     folder = artifact(made, "sum")
     entry = {"bytes": 6, "digest": "x", "mtime_ns": 0}
     rewrite_manifest(folder, outputs={path: entry})
-    (problem,) = made.problems(folder, made.manifest(folder), full=True)
+    (problem,) = problems_of(folder, made.manifest(folder), full=True)
     assert (problem.path, problem.state) == (path, "unsafe")
 
 
@@ -83,7 +85,7 @@ def test_a_link_on_the_way_to_an_output_is_unsafe(made, tmp_path):
     manifest = made.manifest(folder)
     outputs = {f"part/{path}": entry for path, entry in manifest["outputs"].items()}
     rewrite_manifest(folder, outputs=outputs)
-    states = {str(problem) for problem in made.problems(folder, made.manifest(folder))}
+    states = {str(problem) for problem in problems_of(folder, made.manifest(folder))}
     assert "part/sum.txt is unsafe" in states
 
 
@@ -93,7 +95,7 @@ def test_a_link_in_a_shard_is_unsafe_and_the_shard_is_made_again(made, tmp_path)
     victim = next(path for path in shard.iterdir() if path.suffix == ".jsonl")
     victim.rename(tmp_path / "moved")
     victim.symlink_to(tmp_path / "moved")
-    (problem,) = made.problems(folder, made.manifest(folder))
+    (problem,) = problems_of(folder, made.manifest(folder))
     assert problem.state.startswith("unsafe")
     assert shard_problem(shard) == f"{shard.name}/{victim.name} is missing"
     engine = toy_pipeline.engine(made.root)
@@ -110,7 +112,7 @@ def test_a_shards_own_list_cannot_lead_outside(made):
     listed = json.loads((shard / "shard.json").read_text())
     listed["files"]["../../secret.txt"] = {"bytes": 6, "digest": "x"}
     write_json(shard / "shard.json", listed)
-    problems = made.problems(folder, made.manifest(folder), full=True)
+    problems = problems_of(folder, made.manifest(folder), full=True)
     assert problems
     assert shard_problem(shard) is not None
 

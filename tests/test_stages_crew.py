@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.engine import StageError
+from flows.outputs import problems_of
+from flows.steps import StageError
 from flows.store import Store
 from stages.crew import RETRIES
 from tests.toy_pipeline import Ears, engine, in_process
@@ -48,7 +49,7 @@ def shards_of(root):
     """Bytes of every file in the committed shards."""
     store = Store(root)
     (folder,) = store.artifacts("numbers")
-    assert store.problems(folder, store.manifest(folder), full=True) == []
+    assert problems_of(folder, store.manifest(folder), full=True) == []
     files = sorted(path for path in folder.glob("shard-*/*"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
