@@ -64,16 +64,17 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="pretrain_sam",
-        version=1,
+        version=2,
         verb="stages.pretrain_sam",
         does="Train the miniature SAM on rendered web pictures and noisy prompts.",
         sections=("pretrain_sam",),
+        weights=("pretrain_sam.start",),
         numeric=True,
     ),
     *(
         Contract(
             name=f"measure_{network}",
-            version=1,
+            version=2,
             verb="stages.measure_miniature",
             does="Measure it on web pictures that no training saw.",
             sections=("measure_miniature",),
