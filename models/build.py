@@ -13,7 +13,13 @@ from models.pixel_decoder import PixelDecoder
 from models.rein import ReinTokens
 from models.segmenter import Segmenter
 from models.text import LanguageGuidance, TextClassifier
-from models.towers import build_encoder, embed_texts, open_clip_architecture
+from models.towers import (
+    at_hand,
+    build_context,
+    build_encoder,
+    embed_texts,
+    open_clip_architecture,
+)
 from models.vits import LearnedPyramid, PlainEncoder, ResizePyramid
 
 
@@ -137,12 +143,15 @@ def build_decoder(
     """The decoder that fits the encoder's channels, with language where the config asks for it."""
     config, channels = whole.decoder, list(encoder.channels)
     texts_SC = synonyms = guidance = None
-    if config.text.classifier or config.text.guidance:
+    if config.text.classifier or (config.text.guidance and not config.text.context_words):
         with torch.random.fork_rng(devices=[]):
             texts_SC, synonyms = build_texts(whole, class_names, load=load)
     if config.text.guidance:
-        first = torch.tensor([sum(synonyms[:k]) for k in range(len(synonyms))], device="cpu")
-        guidance = LanguageGuidance(texts_SC[first.tolist()], channels[-1])
+        if config.text.context_words:
+            texts = build_context(whole.encoder, config.text, class_names, load=load)
+        else:
+            texts = texts_SC[[sum(synonyms[:k]) for k in range(len(synonyms))]]
+        guidance = LanguageGuidance(texts, channels[-1])
         channels[-1] += len(class_names)
     if config.kind == "light":
         if config.text.classifier:
@@ -170,7 +179,7 @@ def build_texts(
     if load:
         return embed_texts(whole.encoder, text, class_names)
     counts = [1 + len(text.synonyms.get(name, ())) for name in class_names]
-    width = open_clip_architecture(whole.encoder)["embed_dim"]
+    width = open_clip_architecture(at_hand(whole.encoder))["embed_dim"]
     return torch.empty(sum(counts), width), counts
 
 

@@ -94,6 +94,9 @@ class TextConfig(Section):
     layer (a void embedding and the scale are learned)."""
     guidance: bool = False
     """Add pixel-text score maps to one feature level, with an auxiliary pixel-text loss."""
+    context_words: int = Field(0, ge=0)
+    """Under `guidance`: learned words in front of every class name, which the encoder's frozen text
+    tower reads (DenseCLIP: 8); 0: the texts of `templates`, fixed."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Sentences a class name is put into; embeddings are averaged over them."""
     synonyms: dict[str, tuple[str, ...]] = {}
@@ -102,6 +105,12 @@ class TextConfig(Section):
     """Seed of a random text tower, used where the encoder has no weights."""
     temperature: float = Field(0.07, gt=0)
     """Divisor of cosine similarities in the pixel-text loss."""
+
+    @model_validator(mode="after")
+    def _context_guides(self) -> Self:
+        if self.context_words and not self.guidance:
+            raise ValueError("context_words are of use under guidance only: set guidance to true")
+        return self
 
 
 class DecoderConfig(Section):

@@ -1,11 +1,12 @@
 """Language in the decoder: score maps of pixels and class names, and a classifier of text.
 
-Sources: Rao et al., DenseCLIP (CVPR 2022), section 3.3 (context decoder, score map); Hümmer et
-al., VLTSeg (2023); Yu et al., FC-CLIP (NeurIPS 2023), section 3.2 (text classifier).
+Sources: Rao et al., DenseCLIP (CVPR 2022), section 3.3 (context decoder, score map, learned
+context); Hümmer et al., VLTSeg (2023); Yu et al., FC-CLIP (NeurIPS 2023), section 3.2 (text
+classifier).
 """
 
-# B batch, K classes, S synonyms of all classes, C channels, D width inside, N visual tokens,
-# H W size of a map
+# B batch, K classes, S synonyms of all classes, C channels, D width inside, N visual tokens or
+# words of a sentence, H W size of a map
 import math
 from collections.abc import Sequence
 
@@ -101,21 +102,83 @@ def score_map(visual_BCHW: torch.Tensor, texts_BKC: torch.Tensor) -> torch.Tenso
     return torch.einsum("bchw,bkc->bkhw", visual, texts)
 
 
+class LearnedContext(nn.Module):
+    """Embeddings of class names behind learned words, the same for all classes.
+
+    The sentence of a class is [start; learned words; name; end]. A frozen text tower reads it, and
+    the words learn through the tower (Zhou et al., CoOp, IJCV 2022, section 3.2; in the form and
+    with the initial values of DenseCLIP's released code).
+
+    Args:
+        tower: open_clip's text tower with a causal mask; of its vocabulary only the words of the
+            names are kept.
+        tokens_KN: token ids of each name: start, name, end (the highest id), then padding.
+        words: number of learned words.
+
+    Raises:
+        ValueError: the sentences are longer than the tower reads.
+    """
+
+    def __init__(self, tower: nn.Module, tokens_KN: torch.Tensor, *, words: int):
+        super().__init__()
+        ends_K = tokens_KN.argmax(1)
+        length = int(ends_K.max()) + 1
+        if length + words > tower.context_length:
+            raise ValueError(
+                f"decoder.text.context_words {words}: with a class name of {length} tokens that is "
+                f"more than the {tower.context_length} tokens that the text tower reads"
+            )
+        embedding = tower.token_embedding.weight.detach()
+        self.register_buffer("names_KNC", embedding[tokens_KN[:, :length].to(embedding.device)])
+        self.register_buffer("ends_K", (ends_K + words).to(embedding.device), persistent=False)
+        self.context = nn.Parameter(torch.empty(words, embedding.shape[1]))
+        nn.init.trunc_normal_(self.context)
+        tower.token_embedding = nn.Identity()
+        self.tower = tower.requires_grad_(False).eval()
+        self.width: int = tower.output_dim
+
+    def train(self, mode: bool = True) -> "LearnedContext":
+        """Training mode; the tower stays in eval mode."""
+        super().train(mode)
+        self.tower.eval()
+        return self
+
+    def forward(self) -> torch.Tensor:
+        """Embeddings of the classes [K, C], not normalised."""
+        names_KNC, tower = self.names_KNC, self.tower
+        context = self.context.expand(len(names_KNC), -1, -1)
+        sentences_KNC = torch.cat([names_KNC[:, :1], context, names_KNC[:, 1:]], 1)
+        length = sentences_KNC.shape[1]
+        # Nothing behind a word is seen by it: the padding of shorter names changes nothing.
+        read_KNC = tower.transformer(
+            sentences_KNC + tower.positional_embedding[:length],
+            attn_mask=tower.attn_mask[:length, :length],
+        )
+        ends_K1C = self.ends_K[:, None, None].expand(-1, 1, read_KNC.shape[2])
+        last_KC = tower.ln_final(read_KNC.gather(1, ends_K1C)[:, 0])
+        if isinstance(tower.text_projection, nn.Linear):
+            return tower.text_projection(last_KC)
+        return last_KC @ tower.text_projection
+
+
 class LanguageGuidance(nn.Module):
     """Score maps of class texts that were corrected by the picture (DenseCLIP, post-model).
 
     Features are brought into the texts' space by a learned 1x1 convolution, so that it works on
-    any encoder; the texts are fixed (no learned context words).
+    any encoder.
 
     Args:
-        texts_KC: normalised embeddings of the class names; kept as a buffer.
+        texts: normalised embeddings of the class names [K, C], kept as a buffer; or what makes
+            them behind learned words.
         channels: channels of the features.
     """
 
-    def __init__(self, texts_KC: torch.Tensor, channels: int):
+    def __init__(self, texts: torch.Tensor | LearnedContext, channels: int):
         super().__init__()
-        width = texts_KC.shape[1]
-        self.register_buffer("texts_KC", texts_KC)
+        self.learned = texts if isinstance(texts, LearnedContext) else None
+        if self.learned is None:
+            self.register_buffer("texts_KC", texts)
+        width = texts.shape[1] if self.learned is None else texts.width
         self.project = nn.Conv2d(channels, width, 1)
         self.context_decoder = ContextDecoder(width)
         self.gamma_text = nn.Parameter(torch.full((width,), 1e-4))
@@ -125,7 +188,8 @@ class LanguageGuidance(nn.Module):
         visual = self.project(features_BCHW)
         tokens_BNC = visual.flatten(2).transpose(1, 2)
         tokens_BNC = torch.cat([tokens_BNC.mean(1, keepdim=True), tokens_BNC], 1)
-        texts_BKC = self.texts_KC.expand(len(visual), -1, -1)
+        texts_KC = self.texts_KC if self.learned is None else self.learned()
+        texts_BKC = texts_KC.expand(len(visual), -1, -1)
         corrected = texts_BKC + self.gamma_text * self.context_decoder(texts_BKC, tokens_BNC)
         return score_map(visual, corrected)
 

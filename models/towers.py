@@ -5,7 +5,7 @@ open_clip, timm, transformers (SegFormer) and segment_anything; weights by tag, 
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from models.encoders import (
     ResNetEncoder,
 )
 from models.tensors import read_tensors, refusing_code
+from models.text import LearnedContext
 from models.vits import ClipVit, PlainEncoder, SamEncoder, TimmVit
 
 
@@ -167,6 +168,49 @@ def embed_texts(
     Raises:
         ValueError: an encoder without a text tower of open_clip's own.
     """
+    words = [[name, *text.synonyms.get(name, ())] for name in class_names]
+    tower, tokenize = build_text_tower(config, seed=text.seed)
+    found = []
+    for word in (w for synonyms in words for w in synonyms):
+        tokens = tokenize([template.format(word) for template in text.templates])
+        found.append(F.normalize(F.normalize(tower(tokens), dim=-1).mean(0), dim=-1))
+    return torch.stack(found), [len(synonyms) for synonyms in words]
+
+
+def build_context(
+    config: EncoderConfig, text: TextConfig, class_names: Sequence[str], *, load: bool
+) -> LearnedContext:
+    """Learned words before the class names, and the encoder's text tower to read them.
+
+    Raises:
+        ValueError: an encoder without a text tower of open_clip's own, or with one in which words
+            see those behind them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        tower, tokenize = build_text_tower(config, seed=text.seed, load=load)
+    if tower.attn_mask is None or tower.cls_emb is not None or tower.pool_type != "argmax":
+        raise ValueError(
+            f"decoder.text.context_words: the text tower of {config.name} is not of CLIP's kind "
+            "(causal, read at the end of the sentence); set it to 0"
+        )
+    with torch.device("cpu"):
+        tokens_KN = tokenize(list(class_names))
+    return LearnedContext(tower, tokens_KN, words=text.context_words)
+
+
+def build_text_tower(
+    config: EncoderConfig, *, seed: int, load: bool = True
+) -> tuple[nn.Module, Callable[[list[str]], torch.Tensor]]:
+    """The text tower that belongs to an image encoder, in eval mode, and its tokenizer.
+
+    Args:
+        config: of the image encoder.
+        seed: of random weights, used where the encoder has none of its own.
+        load: whether to read weights.
+
+    Raises:
+        ValueError: an encoder without a text tower of open_clip's own.
+    """
     import open_clip
     from open_clip.model import _build_text_tower
 
@@ -176,22 +220,17 @@ def embed_texts(
     model = open_clip_architecture(config)
     if "hf_model_name" in model["text_cfg"]:
         raise ValueError(f"decoder.text: {config.name} has a text tower of another library")
-    words = [[name, *text.synonyms.get(name, ())] for name in class_names]
-    torch.manual_seed(text.seed)
+    torch.manual_seed(seed)
     tower = _build_text_tower(
         model["embed_dim"], model["text_cfg"], quick_gelu=uses_quick_gelu(config, model)
     ).eval()
-    if config.weights:
+    if load and config.weights:
         weights = open_clip_weights(config)
         load_trunk(tower, weights, "text." if any(k.startswith("text.") for k in weights) else "")
     tokenizer = (
         open_clip.get_tokenizer(config.name) if config.architecture is None else open_clip.tokenize
     )
-    found = []
-    for word in (w for synonyms in words for w in synonyms):
-        tokens = tokenizer([template.format(word) for template in text.templates])
-        found.append(F.normalize(F.normalize(tower(tokens), dim=-1).mean(0), dim=-1))
-    return torch.stack(found), [len(synonyms) for synonyms in words]
+    return tower, tokenizer
 
 
 def build_timm(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models.build import build_segmenter
+from models.checkpoints import load_segmenter, save_segmenter, saved_state
 from models.config import SegmenterConfig
 from models.losses import SetCriterion
 from models.text import ContextDecoder, TextClassifier, score_map
@@ -137,6 +138,70 @@ def test_weights_of_the_text_tower_are_loaded_beside_those_of_the_image_tower(tm
     assert torch.equal(trunk.conv1.weight, clip.visual.conv1.weight)
 
 
+def test_learned_words_are_read_as_the_same_words_of_a_sentence_are():
+    import open_clip
+
+    segmenter = small_segmenter(guidance=True, context_words=4)
+    learned = segmenter.decoder.guidance.learned
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = text_tower()
+    sentences = open_clip.tokenize([f"a photo of the {name}" for name in NAMES])
+    with torch.no_grad():
+        learned.context.copy_(tower.token_embedding(sentences[0, 1:5]))
+        torch.testing.assert_close(learned(), tower(sentences))
+
+
+def text_tower():
+    from open_clip.model import _build_text_tower
+
+    return _build_text_tower(16, {"width": 32, "heads": 2, "layers": 1}).eval()
+
+
+def test_words_learn_through_a_tower_that_stays_as_it_is():
+    segmenter = small_segmenter(guidance=True, context_words=3).train()
+    learned = segmenter.decoder.guidance.learned
+    assert not learned.tower.training
+    before = {n: v.clone() for n, v in learned.tower.state_dict().items()}
+    labels = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
+    criterion = SetCriterion(segmenter.config.losses, 3)
+    optimizer = torch.optim.AdamW(segmenter.parameter_groups(1e-2, 0.05))
+    criterion(segmenter(some_images()), labels, seeds=[0, 1])["total"].backward()
+    assert learned.context.grad.abs().min() > 0
+    words = learned.context.detach().clone()
+    optimizer.step()
+    assert (learned.context != words).all()
+    assert all(torch.equal(v, before[n]) for n, v in learned.tower.state_dict().items())
+
+
+def test_learned_words_are_stored_without_the_tower_that_reads_them(tmp_path):
+    segmenter = small_segmenter(guidance=True, context_words=3).eval()
+    with torch.no_grad():
+        segmenter.decoder.guidance.learned.context.mul_(2)
+    save_segmenter(tmp_path, segmenter, label_space="any", step=1)
+    loaded = load_segmenter(tmp_path)
+    scores, again = (s(some_images()).text_scores_BKHW for s in (segmenter, loaded))
+    assert torch.equal(scores, again)
+    stored = saved_state(segmenter)
+    assert not any(".tower." in name for name in stored)
+    assert "decoder.guidance.learned.context" in stored
+
+
+@pytest.mark.parametrize(("words", "message"), [(80, "more than the 77 tokens"), (-1, "greater")])
+def test_too_many_or_too_few_learned_words_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        small_segmenter(guidance=True, context_words=words)
+
+
+def test_learned_words_of_a_true_model_on_the_meta_device():
+    segmenter = small_segmenter(
+        {"name": "EVA02-L-14"}, device="meta", guidance=True, context_words=8
+    )
+    learned = segmenter.decoder.guidance.learned
+    assert learned.context.shape == (8, 768)
+    assert learned().shape == (3, 768)
+
+
 def test_the_meta_device_needs_no_text_tower():
     segmenter = small_segmenter({"name": "RN50"}, device="meta", classifier=True)
     assert segmenter.decoder.query_decoder.classifier.texts_SC.shape == (3, 1024)
@@ -148,6 +213,12 @@ def test_the_meta_device_needs_no_text_tower():
         ({"family": "timm", "name": "resnet10t"}, {"classifier": True}, "no text tower"),
         (None, {"classifier": True, "synonyms": {"dog": ("cat",)}}, "no class is called dog"),
         (None, {"classifier": True, "kind": "light"}, "no queries"),
+        (None, {"context_words": 8}, "set guidance to true"),
+        (
+            {"family": "timm", "name": "resnet10t"},
+            {"guidance": True, "context_words": 8},
+            "no text tower",
+        ),
     ],
 )
 def test_language_is_refused_where_it_cannot_work(encoder, options, message):
