@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from models.config import LossConfig
 from models.decoder import Prediction
-from models.points import rows_at_once, sample_label_shares, sample_masks
+from models.points import corners, rows_at_once, sample_label_shares, sample_masks
 
 IGNORE = 255
 """The label of unlabelled pixels."""
@@ -184,24 +184,12 @@ class PointSums(NamedTuple):
 
 
 def point_sums(masks_BQHW: torch.Tensor, points_BP2: torch.Tensor, there: Shares) -> PointSums:
-    """Compare every mask with every class at points.
-
-    On a CPU a few masks at a time, so that what is in between stays in its cache.
-    """
-    B, Q = masks_BQHW.shape[:2]
-    step = rows_at_once(masks_BQHW.device, B * Q, points_BP2.shape[1])
-    if step < B * Q and (B > 1 or step < Q):
-        rows = []
-        for image in range(B):
-            here = slice(image, image + 1)
-            valid_BP1 = None if there.valid_BP1 is None else there.valid_BP1[here]
-            shares = Shares(there.targets_BCP[here], valid_BP1)
-            parts = [
-                point_sums(masks, points_BP2[here], shares)
-                for masks in masks_BQHW[here].split(step, dim=1)
-            ]
-            rows.append([torch.cat(column, 1) for column in zip(*parts, strict=True)])
-        return PointSums(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    """Compare every mask with every class at points."""
+    if masks_BQHW.device.type == "cpu":
+        valid = [None] * len(masks_BQHW) if there.valid_BP1 is None else there.valid_BP1[..., 0]
+        images = zip(masks_BQHW, points_BP2, there.targets_BCP, valid, strict=True)
+        found = [point_sums_by_rows(*image) for image in images]
+        return PointSums(*(torch.stack(column) for column in zip(*found, strict=True)))
     logits_BQP = sample_masks(masks_BQHW, points_BP2)
     probabilities_BQP = logits_BQP.sigmoid()
     # Cross-entropy is softplus(x) - x t: the first part is the same for every class.
@@ -212,9 +200,38 @@ def point_sums(masks_BQHW: torch.Tensor, points_BP2: torch.Tensor, there: Shares
     else:
         entropy_BQ1 = entropy_BQP @ there.valid_BP1
         covered_BQ1 = probabilities_BQP @ there.valid_BP1
-    # Classes first: the faster order of these products on a CPU.
     inside, overlap = (
-        torch.bmm(there.targets_BCP, x.transpose(1, 2)).transpose(1, 2)
-        for x in (logits_BQP, probabilities_BQP)
+        torch.bmm(x, there.targets_BCP.transpose(1, 2)) for x in (logits_BQP, probabilities_BQP)
     )
     return PointSums(entropy_BQ1 - inside, overlap, covered_BQ1)
+
+
+def point_sums_by_rows(
+    masks_QHW: torch.Tensor,
+    points_P2: torch.Tensor,
+    targets_CP: torch.Tensor,
+    valid_P: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sums of one picture, for a CPU: a point's values of all masks lie side by side.
+
+    Some points at a time, so that what is in between stays in the cache.
+    """
+    Q, H, W = masks_QHW.shape
+    rows_NQ = masks_QHW.flatten(1).T.contiguous()
+    index_P4, weight_P4 = (
+        torch.cat(parts).T for parts in zip(*corners(points_P2[None], H, W), strict=True)
+    )
+    step = rows_at_once(masks_QHW.device, len(points_P2), Q)
+    entropy_Q, covered_Q = masks_QHW.new_zeros(2, Q)
+    inside_CQ, overlap_CQ = masks_QHW.new_zeros(2, len(targets_CP), Q)
+    for start in range(0, len(points_P2), step):
+        here = slice(start, start + step)
+        logits_PQ = F.embedding_bag(
+            index_P4[here], rows_NQ, mode="sum", per_sample_weights=weight_P4[here]
+        )
+        probabilities_PQ, entropy_PQ = logits_PQ.sigmoid(), F.softplus(logits_PQ)
+        for total_Q, values_PQ in ((entropy_Q, entropy_PQ), (covered_Q, probabilities_PQ)):
+            total_Q += values_PQ.sum(0) if valid_P is None else valid_P[here] @ values_PQ
+        inside_CQ.addmm_(targets_CP[:, here], logits_PQ)
+        overlap_CQ.addmm_(targets_CP[:, here], probabilities_PQ)
+    return (entropy_Q - inside_CQ).T, overlap_CQ.T, covered_Q[:, None]
