@@ -129,18 +129,68 @@ MMPRETRAIN_CONVNEXT: Rules = [
 
 
 EVA_ENCODER: Rules = [
-    (r"(cls_token|pos_embed|patch_embed\.proj\..+)", r"encoder.trunk.\1"),
-    (r"blocks\.(\d+)\.attn\.([qkv])_bias", r"encoder.trunk.blocks.\1.attn.\2_proj.bias"),
-    (r"blocks\.(\d+)\.attn\.inner_attn_ln\.(.+)", r"encoder.trunk.blocks.\1.attn.norm.\2"),
-    (r"blocks\.(\d+)\.mlp\.ffn_ln\.(.+)", r"encoder.trunk.blocks.\1.mlp.norm.\2"),
-    (r"blocks\.(\d+)\.mlp\.w1\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc1_g.\2"),
-    (r"blocks\.(\d+)\.mlp\.w2\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc1_x.\2"),
-    (r"blocks\.(\d+)\.mlp\.w3\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc2.\2"),
-    (r"blocks\.(\d+\.(?:norm1|norm2|attn)\..+)", r"encoder.trunk.blocks.\1"),
+    (r"(cls_token|pos_embed)", r"encoder.trunk.\1"),
+    (r"patch_embed\.(?:proj|projection)\.(.+)", r"encoder.trunk.patch_embed.proj.\1"),
+    (r"BLOCK\.attn\.([qkv])_bias", r"encoder.trunk.blocks.\1.attn.\2_proj.bias"),
+    (r"BLOCK\.attn\.inner_attn_(?:ln|norm)\.(.+)", r"encoder.trunk.blocks.\1.attn.norm.\2"),
+    (r"BLOCK\.mlp\.(?:ffn_ln|norm)\.(.+)", r"encoder.trunk.blocks.\1.mlp.norm.\2"),
+    (r"BLOCK\.mlp\.w1\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc1_g.\2"),
+    (r"BLOCK\.mlp\.w2\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc1_x.\2"),
+    (r"BLOCK\.mlp\.w3\.(.+)", r"encoder.trunk.blocks.\1.mlp.fc2.\2"),
+    (r"BLOCK\.((?:norm1|norm2|attn)\..+)", r"encoder.trunk.blocks.\1.\2"),
     (r"fpn1\.(.+)", r"neck.fpn1.\1"),
-    (r"fpn2\.0\.(.+)", r"neck.fpn2.\1"),
+    (r"fpn2\.(?:0\.)?(weight|bias)", r"neck.fpn2.\1"),
 ]
-"""EVA-02's own names and the pyramid of VLTSeg (after `backbone.`) to ours, timm's inside."""
+EVA_ENCODER = [(p.replace("BLOCK", r"(?:blocks|layers)\.(\d+)"), r) for p, r in EVA_ENCODER]
+"""EVA-02 and the pyramid inside it (after `backbone.`) to ours, timm's inside.
+
+The authors of VLTSeg released no code. Known are the names of the public re-implementation, whose
+checkpoints are the published ones: EVA's own (`blocks.0.attn.q_bias`, `mlp.w1`, `fpn2.0.weight`),
+and in its earlier form mmpretrain's (`layers.0.attn.qkv`, `mlp.w12`, `fpn2.weight`).
+"""
+
+FUSED = {
+    r"(.+\.attn)\.qkv\.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+    r"(.+\.attn)\.qkv\.bias": ("q_bias", "k_bias", "v_bias"),
+    r"(.+\.mlp)\.w12\.weight": ("w1.weight", "w2.weight"),
+    r"(.+\.mlp)\.w12\.bias": ("w1.bias", "w2.bias"),
+}
+"""mmpretrain's fused layers of EVA-02, and EVA's names of their parts, in the order of the rows."""
+
+MMSEG_PYRAMID: Rules = [
+    (r"upsample_4x\.(.+)", r"fpn1.\1"),
+    (r"upsample_2x\.0\.(.+)", r"fpn2.\1"),
+]
+"""mmsegmentation's `Feature2Pyramid` (after `neck.`) to our `LearnedPyramid`.
+
+No checkpoint of VLTSeg with these names is known. It is the neck that mmsegmentation offers for
+plain transformers, made of the same layers, so that a model trained there may well have it.
+"""
+
+
+def unfuse(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """mmpretrain's fused layers of EVA-02 in the parts that EVA names; all else as it is.
+
+    Raises:
+        ValueError: keys have a bias, for which EVA-02 has no place.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        for pattern, names in FUSED.items():
+            if match := re.fullmatch(pattern, name):
+                rows = value.chunk(len(names))
+                parts |= {f"{match[1]}.{n}": part for n, part in zip(names, rows, strict=True)}
+                break
+        else:
+            parts[name] = value
+    biases = [name for name in parts if name.endswith(".attn.k_bias")]
+    biased = [name for name in biases if parts[name].any()]
+    if biased:
+        raise ValueError(
+            f"{len(biased)} attention layers give their keys a bias (first: {biased[0]}), which "
+            "EVA-02 does not have: with rotary positions it changes what the encoder sees"
+        )
+    return {name: value for name, value in parts.items() if name not in set(biases)}
 
 
 def rename(

@@ -4,6 +4,8 @@ Files are read weights-only: pickled helper objects become inert stand-ins. Ever
 accounted for, and a partial match is refused.
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +24,14 @@ from models.convert import (
     EVA_ENCODER,
     MMDET_DECODER,
     MMPRETRAIN_CONVNEXT,
+    MMSEG_PYRAMID,
     REIN_TOKENS,
     rename,
+    unfuse,
 )
 from models.segmenter import Segmenter
 from models.tensors import unreadable
+from models.towers import at_hand, open_clip_architecture
 
 Origin = Literal["clouds", "rein", "vltseg"]
 
@@ -143,12 +148,22 @@ def translate_rein(state: Mapping[str, torch.Tensor]) -> Translation:
 
 
 def translate_vltseg(state: Mapping[str, torch.Tensor]) -> Translation:
-    """mmdetection names, EVA-02's own under `backbone.`, and the pyramid beside them."""
-    ours, strange, left_out = translate_mmdet(state)
+    """mmdetection names of the head, EVA-02's or mmpretrain's under `backbone.`, and the pyramid.
+
+    The pyramid lies in the backbone (as in the published checkpoints) or in mmsegmentation's neck.
+
+    Raises:
+        ValueError: attention with biased keys.
+    """
+    neck, unknown_neck = rename(state, MMSEG_PYRAMID, prefix="neck.", new_prefix="neck.")
+    ours, strange, left_out = translate_mmdet(
+        {n: v for n, v in state.items() if not n.startswith("neck.")}
+    )
     tables = [n for n in state if n.startswith("backbone.") and "rope." in n]
-    rest = {n: v for n, v in state.items() if n not in set(tables)}
+    rest = unfuse({n: v for n, v in state.items() if n not in set(tables)})
     more, unknown = rename(rest, EVA_ENCODER, prefix="backbone.")
-    return Translation("vltseg", ours | more, tuple(left_out + tables), tuple(strange + unknown))
+    strange = [*strange, *unknown_neck, *unknown]
+    return Translation("vltseg", ours | more | neck, tuple(left_out + tables), tuple(strange))
 
 
 def translate_mmdet(
@@ -234,6 +249,9 @@ def import_segmenter(
         wanted = any(n.startswith("encoder.") for n in report.keys.missing)
         if config.encoder.weights is None and bare and wanted:
             hint = "; the file has no encoder: name its pre-trained weights in encoder.weights"
+        unfit = (*report.keys.missing, *report.keys.unexpected, *report.keys.misshapen)
+        if translation.origin == "vltseg" and any(n.startswith("encoder.") for n in unfit):
+            hint = other_encoder(translation.state, config)
         raise PartialMatchError(f"{path} does not fit the segmenter: {report}{hint}", report)
     segmenter = build_segmenter(config, class_names=class_names)
     stored, whole = saved_state(segmenter), segmenter.state_dict()
@@ -242,6 +260,31 @@ def import_segmenter(
         for name, value in needed.items():
             stored[name].copy_(value)
     return segmenter.eval(), replace(report, verified=verified)
+
+
+def other_encoder(found: Mapping[str, torch.Tensor], config: SegmenterConfig) -> str:
+    """What a file's EVA-02 has that the config's has not, and the settings to import it; or "".
+
+    The public checkpoints of VLTSeg have patches of 14 pixels, position embeddings of the training
+    crop's size, and no norm inside attention.
+    """
+    encoder, trunk = config.encoder, "encoder.trunk."
+    patches = found.get(f"{trunk}patch_embed.proj.weight")
+    positions = found.get(f"{trunk}pos_embed")
+    if encoder.family != "open_clip" or patches is None or positions is None:
+        return ""
+    tower = open_clip_architecture(at_hand(encoder))["vision_cfg"]
+    patch, side = patches.shape[-1], math.isqrt(positions.shape[1] - 1)
+    normed = f"{trunk}blocks.0.attn.norm.weight" in found
+    options = tower.get("timm_options", {}) | {"img_size": side * patch}
+    options |= {"scale_attn_inner": normed}
+    architecture = {"timm_model_name": tower.get("timm_model_name"), "timm_options": options}
+    return (
+        f"; the file's encoder has patches of {patch} pixels, positions for {side}x{side} patches "
+        f"and {'a' if normed else 'no'} norm inside attention; an encoder like that: --set "
+        "segmenter.encoder.weights=null --set segmenter.encoder.patch_size=null --set "
+        f"segmenter.encoder.architecture='{json.dumps(architecture)}'"
+    )
 
 
 def verify_frozen(

@@ -4,6 +4,7 @@ The files are written here under the names of the released checkpoints, because 
 themselves are not at hand.
 """
 
+import json
 import re
 
 import pytest
@@ -171,8 +172,8 @@ def small_config(origin: str, **encoder: object) -> SegmenterConfig:
     return SegmenterConfig.model_validate(sections | {"encoder": sections["encoder"] | encoder})
 
 
-def trained_segmenter(origin: str):
-    segmenter = build_segmenter(small_config(origin), class_names=NAMES)
+def trained_segmenter(origin: str, **encoder: object):
+    segmenter = build_segmenter(small_config(origin, **encoder), class_names=NAMES)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in segmenter.state_dict().values():
@@ -276,3 +277,83 @@ def test_files_are_read_without_running_them(tmp_path, capsys):
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="no names of CLOUDS"):
         import_segmenter(tmp_path / "other.pth", config=small_config("clouds"), class_names=NAMES)
+
+
+MMPRETRAIN = [
+    (r"backbone\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
+    (
+        r"backbone\.blocks\.(\d+)\.attn\.inner_attn_ln\.",
+        r"backbone.layers.\1.attn.inner_attn_norm.",
+    ),
+    (r"backbone\.blocks\.(\d+)\.mlp\.ffn_ln\.", r"backbone.layers.\1.mlp.norm."),
+    (r"backbone\.blocks\.", "backbone.layers."),
+    (r"backbone\.fpn2\.0\.", "backbone.fpn2."),
+]
+MMSEG = [
+    (r"backbone\.fpn1\.", "neck.upsample_4x."),
+    (r"backbone\.fpn2\.", "neck.upsample_2x."),
+]
+
+
+def renamed(state, rules):
+    found = {}
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            name, count = re.subn(f"^{pattern}", replacement, name)
+            if count:
+                break
+        found[name] = value
+    return found
+
+
+def fused(state, *, key_bias: float = 0.0):
+    """mmpretrain's names, queries, keys and values in one layer, and the two gates in one."""
+    state = renamed(state, MMPRETRAIN)
+    for name in [n for n in state if n.endswith(".q_proj.weight")]:
+        attention = name.removesuffix(".q_proj.weight")
+        weights = [state.pop(f"{attention}.{part}_proj.weight") for part in "qkv"]
+        state[f"{attention}.qkv.weight"] = torch.cat(weights)
+        queries, values = (state.pop(f"{attention}.{part}_bias") for part in "qv")
+        keys = torch.full_like(queries, key_bias)
+        state[f"{attention}.qkv.bias"] = torch.cat([queries, keys, values])
+        mlp = attention.removesuffix("attn") + "mlp"
+        for kind in ("weight", "bias"):
+            gates = [state.pop(f"{mlp}.w{part}.{kind}") for part in (1, 2)]
+            state[f"{mlp}.w12.{kind}"] = torch.cat(gates)
+    return state
+
+
+@pytest.mark.parametrize("style", ["mmpretrain", "mmsegmentation's neck"])
+def test_vltseg_is_known_by_other_frameworks_names_as_well(tmp_path, style):
+    segmenter = trained_segmenter("vltseg")
+    state = foreign_state(segmenter, "vltseg")
+    state = fused(state) if style == "mmpretrain" else renamed(state, MMSEG)
+    torch.save({"state_dict": state}, tmp_path / "theirs.pth")
+    imported, report = import_segmenter(
+        tmp_path / "theirs.pth", config=small_config("vltseg"), class_names=NAMES
+    )
+    assert report.complete
+    assert torch.equal(predict(imported, some_images()), predict(segmenter, some_images()))
+
+
+def test_keys_with_a_bias_are_refused(tmp_path):
+    state = fused(foreign_state(trained_segmenter("vltseg"), "vltseg"), key_bias=0.1)
+    torch.save({"state_dict": state}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match="give their keys a bias"):
+        import_segmenter(tmp_path / "theirs.pth", config=small_config("vltseg"), class_names=NAMES)
+
+
+def test_a_file_with_another_eva_says_how_to_build_it(tmp_path):
+    options = EVA["timm_options"] | {"img_size": 96, "scale_attn_inner": False}
+    public = {"architecture": EVA | {"timm_options": options}}
+    segmenter = trained_segmenter("vltseg", **public)
+    torch.save({"state_dict": foreign_state(segmenter, "vltseg")}, tmp_path / "theirs.pth")
+    path, refused = tmp_path / "theirs.pth", small_config("vltseg")
+    with pytest.raises(ValueError, match="6x6 patches and no norm inside attention") as error:
+        import_segmenter(path, config=refused, class_names=NAMES)
+    settings = dict(
+        re.findall(r"--set segmenter\.encoder\.(\w+)='?(\{.*\}|null)'?", str(error.value))
+    )
+    told = {name: json.loads(value) for name, value in settings.items()}
+    imported, _ = import_segmenter(path, config=small_config("vltseg", **told), class_names=NAMES)
+    assert torch.equal(predict(imported, some_images()), predict(segmenter, some_images()))
