@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from models.config import SegmenterConfig
 from stages.contracts import Progress, Summary
 from stages.labels import load_labelspace
-from stages.prompt_files import read_prompts
+from stages.prompt_files import SHOWN, doubt, read_prompts
 from stages.shards import (
     Row,
     ShardJob,
@@ -211,15 +211,22 @@ def _pictures(path: Path, out: Path, progress: Progress) -> Summary:
 
 
 def _prompts(path: Path, out: Path, progress: Progress) -> Summary:
-    if path.suffix == ".jsonl":
-        rows = read_prompts(path, ids=False)
-    else:
-        rows = [
-            {"id": f"{place:05d}", "text": line}
-            for place, (_, line) in enumerate(numbered_lines(path))
-        ]
+    match path.suffix.lower():
+        case ".jsonl":
+            rows = read_prompts(path, ids=False)
+        case ".txt":
+            rows = [
+                {"id": f"{place:05d}", "text": line}
+                for place, (_, line) in enumerate(numbered_lines(path))
+            ]
+        case _:
+            raise ValueError(
+                f"{path} is no prompts file: prompts come as .txt (one a line) or .jsonl (one "
+                'object with a "text" a line).'
+            )
     if not rows:
         raise ValueError(f"{path} holds no prompts.")
+    _must_be_prompts([row["text"].strip() for row in rows], path)
     progress.start(len(rows), "prompts")
     whole = [
         {
@@ -235,3 +242,21 @@ def _prompts(path: Path, out: Path, progress: Progress) -> Summary:
     write_jsonl(out / "prompts.jsonl", whole)
     progress.advance(len(rows))
     return Summary(text=f"{len(rows)} prompts", numbers={"prompts": len(rows)})
+
+
+def _must_be_prompts(texts: Sequence[str], path: Path) -> None:
+    """Refuse what is a list of something else.
+
+    Raises:
+        ValueError: names the first doubtful texts, and why.
+    """
+    doubtful = [
+        f"prompt {place} ({text[:40]!r}{'...' if len(text) > 40 else ''}) {why}"
+        for place, text in enumerate(texts, start=1)
+        if (why := doubt(text)) is not None
+    ]
+    if doubtful:
+        more = f"\n  and {len(doubtful) - SHOWN} more" if len(doubtful) > SHOWN else ""
+        raise ValueError(
+            f"{path} does not look like prompts:\n  " + "\n  ".join(doubtful[:SHOWN]) + more
+        )

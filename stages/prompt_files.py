@@ -3,12 +3,18 @@
 rows = read_prompts(Path("prompts.jsonl"))
 """
 
+import unicodedata
 from pathlib import Path
 
 from stages.shards import Row, numbered_lines, parse_row
 
 SHOWN = 5
 """Broken lines that a message tells; it counts the others."""
+_LONGEST = 2000
+"""Characters of a prompt; CLIP reads about 300 of them."""
+_LEAST_LETTERS = 0.6
+_FIRST_OF_SCRIPTS_WITHOUT_SPACES = "\u2e80"
+"""From here on lie the scripts of Chinese and Japanese."""
 
 
 def read_prompts(path: Path, *, ids: bool = True) -> list[Row]:
@@ -62,3 +68,23 @@ def _must_be_id(row: Row, lines: dict[str, int]) -> None:
         raise ValueError(
             f"the id {row['id']!r} becomes a file name: use letters, digits, '-', '_' and '.' only"
         )
+
+
+def doubt(text: str) -> str | None:
+    """Why a text written elsewhere can hardly be meant as a prompt, or None.
+
+    Everything else may paint: language, length and style are the author's.
+    """
+    if any(unicodedata.category(letter) == "Cc" and letter != "\t" for letter in text):
+        return "holds control characters"
+    if len(text) > _LONGEST:
+        return f"has {len(text)} characters (at most {_LONGEST})"
+    if len(text.split()) < 2 and not any(
+        letter >= _FIRST_OF_SCRIPTS_WITHOUT_SPACES for letter in text
+    ):
+        return "is a single word, and a prompt describes a scene"
+    visible = [letter for letter in text if not letter.isspace()]
+    letters = sum(unicodedata.category(letter)[0] in "LM" for letter in visible)
+    if letters < _LEAST_LETTERS * len(visible):
+        return "consists of signs rather than words"
+    return None

@@ -77,7 +77,8 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     found = path.read_bytes()
     try:
-        lines = found.decode().split("\n")  # splitlines() also cuts inside of texts
+        # an editor may have put a mark in front; splitlines() also cuts inside of texts
+        lines = found.decode().removeprefix("\ufeff").split("\n")
     except UnicodeDecodeError as error:
         number = found.count(b"\n", 0, error.start) + 1
         byte = found[error.start]

@@ -257,6 +257,41 @@ def test_what_is_no_output_of_the_stage_is_not_adopted(
     assert Store(tmp_path / "artifacts").pins() == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("weights.pth", "A street in the rain.", "prompts come as .txt"),
+        ("folder.txt", None, "cannot adopt"),
+        ("list.txt", "A street in the rain.\nhello\n", "prompt 2 ('hello') is a single word"),
+        ("files.txt", "models/clip/model.pth\n", "single word"),
+        ("table.txt", "0.31 17 22 4\n", "signs rather than words"),
+        ("bytes.txt", "A street\x00 in the rain", "control characters"),
+        ("page.txt", "A street in the rain. " * 200, "has 4399 characters"),
+        ("rows.jsonl", '{"text": "hello"}\n', "prompt 1 ('hello') is a single word"),
+    ],
+)
+def test_what_does_not_look_like_prompts_is_not_adopted(
+    streets, capsys, tmp_path, name, content, said
+):
+    _, arguments = streets
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_text(content)
+    assert main(["adopt", "write_prompts", str(path), *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert Store(tmp_path / "artifacts").pins() == {}
+
+
+def test_prompts_of_any_language_are_adopted_without_the_editor_s_mark(streets, tmp_path):
+    _, arguments = streets
+    texts = ["Eine Straße im Regen, nachts", "雨の夜の街並み", "Улица под дождём", "two cars"]
+    path = tmp_path / "prompts.TXT"
+    path.write_bytes(("\ufeff" + "\r\n".join(texts)).encode())
+    assert main(["adopt", "write_prompts", str(path), *arguments]) == 0
+    store = Store(tmp_path / "artifacts")
+    rows = store.folder("write_prompts", store.pins()["write_prompts"]) / "prompts.jsonl"
+    assert [json.loads(row)["text"] for row in rows.read_text().splitlines()] == texts
+
+
 def test_check_looks_at_everything_and_fails_with_what_is_missing(streets, capsys):
     root, arguments = streets
     assert main(["check", *arguments, "--set", "synthesize.model=random"]) == 0
