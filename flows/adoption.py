@@ -165,13 +165,8 @@ def _stand_in(
         }
         store.commit(name, key, manifest)
         store.pin(name, key)
-    which = "".join(
-        f" --{option} {value}"
-        for option, value in (("round", instance.round), ("leg", instance.leg))
-        if value is not None
-    )
-    undone = f"clouds adopt {instance.stage}{which} --undo"
-    return f"{name}: {done} {summary.text} from {path} (key {key}); undo with {undone}."
+    undone = engine.command_to_undo(name)
+    return f"{name}: {done} {summary.text} from {path} (key {key}). Undo with: {undone}"
 
 
 def undo(engine: Engine, instance: Instance) -> str:

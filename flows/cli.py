@@ -26,7 +26,7 @@ from flows.options import (
     store_options,
 )
 from flows.outputs import StoreError
-from flows.pipeline import Instance, select
+from flows.pipeline import Instance
 from flows.recipes import ConfigError, load_recipe, nearest
 from flows.steps import MissingNeedError, StageError
 from flows.store import Store
@@ -330,11 +330,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _adopt(arguments: argparse.Namespace) -> int:
     from flows.adoption import adopt, undo
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    engine = Engine(recipe=recipe, store=Store(Path(arguments.artifacts)))
-    (instance,) = _only_one(
-        select(engine.instances, stage=arguments.stage, round=arguments.round, leg=arguments.leg)
-    )
+    engine, instance = _engine_and_instance(arguments)
     if arguments.undo:
         console.say(undo(engine, instance))
     elif arguments.path is None:
@@ -344,21 +340,28 @@ def _adopt(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _only_one(found: list[Instance]) -> list[Instance]:
+def _engine_and_instance(arguments: argparse.Namespace) -> tuple[Engine, Instance]:
+    """The one instance that --stage, --round and --leg name, and its recipe's engine."""
+    from flows.runs import arrange
+
+    engine, found = arrange(
+        recipe=arguments.recipe,
+        artifacts=arguments.artifacts,
+        overrides=arguments.overrides,
+        stage=arguments.stage,
+        round=arguments.round,
+        leg=arguments.leg,
+    )
     if len(found) != 1:
         names = ", ".join(instance.name for instance in found)
         raise ConfigError(f"several instances match ({names}): name one with --round and --leg.")
-    return found
+    return engine, found[0]
 
 
 def _import(arguments: argparse.Namespace) -> int:
     from flows.adoption import import_checkpoint
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    engine = Engine(recipe=recipe, store=Store(Path(arguments.artifacts)))
-    (instance,) = _only_one(
-        select(engine.instances, stage=arguments.stage, round=arguments.round, leg=arguments.leg)
-    )
+    engine, instance = _engine_and_instance(arguments)
     file = Path(arguments.file)
     console.say(import_checkpoint(engine, instance, file, say=console.say))
     return EXIT_OK

@@ -4,6 +4,7 @@ The engine works the same under the command line and under Prefect; it imports n
 torch. A stage runs in its staging folder, the engine commits.
 """
 
+import shlex
 import shutil
 import sys
 import time
@@ -37,7 +38,9 @@ class Engine:
     force: frozenset[str] = frozenset()
     """Stages (or instances) to run even if they are done."""
     command: str = "python flows/clouds.py"
-    """What a user types before `--stage`, for messages."""
+    """What a user types to start the program, for messages."""
+    options: tuple[str, ...] = ()
+    """What a user adds to every command: recipe, settings and folder of artifacts."""
     prefect_run_id: str | None = None
     run_id: str | None = None
     """Id of the run's record, for manifests."""
@@ -201,7 +204,7 @@ class Engine:
             return self._identify(instance)
         except MissingNeedError as error:
             raise MissingNeedError(
-                f"{error}\n  or all that is missing with: {self.command} --until {instance.stage}"
+                f"{error}\n  or all that is missing with: {self.typed('--until', instance.stage)}"
             ) from error
 
     def artifact_of(
@@ -245,12 +248,17 @@ class Engine:
     def command_for(self, name: str) -> str:
         """The command that makes an instance."""
         instance = self.instances[name]
-        words = [self.command, "--stage", instance.stage]
-        if instance.round is not None:
-            words += ["--round", str(instance.round)]
-        if instance.leg is not None:
-            words += ["--leg", instance.leg]
-        return " ".join(words)
+        return self.typed("--stage", instance.stage, *_which(instance))
+
+    def command_to_undo(self, name: str) -> str:
+        """The command that lets an instance's own output count in place of an adopted one."""
+        instance = self.instances[name]
+        words = [instance.stage, *_which(instance), "--undo", *self.options]
+        return f"{self.command} adopt {shlex.join(words)}"
+
+    def typed(self, *words: str) -> str:
+        """A command of this recipe, settings and folder, as a shell takes it."""
+        return f"{self.command} {shlex.join([*self.options, *words])}"
 
     def _pinned(self, name: str) -> Artifact | None:
         """The adopted artifact that stands in for an instance, or None.
@@ -268,11 +276,9 @@ class Engine:
         except StoreError as error:
             problem = str(error)
         if problem:
-            stage = self.instances[name].stage
             raise StoreError(
                 f"what was adopted for {name} is damaged ({problem}). Adopt it again, or let the "
-                f"stage's own output count: clouds adopt {stage} --undo --recipe "
-                f"{self.recipe.name} (with --round and --leg, if there are several)."
+                f"stage's own output count: {self.command_to_undo(name)}"
             )
         return Artifact(name=name, key=key, folder=folder, manifest=manifest)
 
@@ -456,6 +462,12 @@ class Engine:
         except OSError as reason:
             print(f"could not keep the error at {path}: {reason}", file=sys.stderr)
         return path
+
+
+def _which(instance: Instance) -> list[str]:
+    """The options that name the round and leg of an instance."""
+    named = (("--round", instance.round), ("--leg", instance.leg))
+    return [word for option, value in named if value is not None for word in (option, str(value))]
 
 
 def _config_of(instance: Instance) -> dict[str, Any]:

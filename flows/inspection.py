@@ -93,10 +93,10 @@ def _failures(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def locate(store: Store, what: str) -> tuple[Path, dict[str, Any]]:
-    """The artifact with a key (or its beginning), or the newest of an instance.
+    """The artifact with a key (or its beginning), or the newest of an instance or stage.
 
     Raises:
-        ConfigError: nothing, or more than one key, matches.
+        ConfigError: nothing, or more than one key or instance, matches.
     """
     _must_exist(store)
     found = [folder for folder in store.artifacts() if folder.name.startswith(what)]
@@ -106,10 +106,18 @@ def locate(store: Store, what: str) -> tuple[Path, dict[str, Any]]:
         names = ", ".join(f"{folder.parent.name} {folder.name}" for folder in found[:_MANY])
         raise ConfigError(f"{what!r} is the beginning of several keys: {names}.")
     names = {folder.parent.name for folder in store.artifacts()}
-    newest = store.newest(what) if what in names else None
+    meant = [what] if what in names else sorted(name for name in names if _is_of(name, what))
+    if len(meant) > 1:
+        raise ConfigError(f"{what!r} may be {', '.join(meant)}: name one.")
+    newest = store.newest(meant[0]) if meant else None
     if newest is None:
         raise ConfigError(f"no artifact {what!r} in {store.root}{nearest(what, names)}")
-    return store.folder(what, newest["key"]), newest
+    return store.folder(meant[0], newest["key"]), newest
+
+
+def _is_of(name: str, what: str) -> bool:
+    """Whether an instance (stage@round#leg) is one of a stage, or of a stage's round."""
+    return what in (name.split("@")[0].split("#")[0], name.split("#")[0])
 
 
 def lineage(store: Store, manifest: Mapping[str, Any]) -> Lineage:

@@ -42,19 +42,19 @@ def arrange(
         recipe=load_recipe(recipe, overrides),
         store=Store(Path(artifacts)),
         force=frozenset(force),
-        command=_typed(recipe, artifacts, overrides),
+        options=options_of(recipe, artifacts, overrides),
     )
     return engine, select(engine.instances, **selection)
 
 
-def _typed(recipe: str, artifacts: str, overrides: Sequence[str]) -> str:
-    """The command that stands before `--stage` in advice, with this run's recipe and settings."""
-    words = ["python flows/clouds.py", "--recipe", recipe]
+def options_of(recipe: str, artifacts: str, overrides: Sequence[str]) -> tuple[str, ...]:
+    """What advice must repeat for a command to mean this recipe, with its settings and folder."""
+    words = ["--recipe", recipe]
     for override in overrides:
-        words += ["--set", f"'{override}'" if " " in override else override]
+        words += ["--set", override]
     if artifacts != "artifacts":
         words += ["--artifacts", artifacts]
-    return " ".join(words)
+    return tuple(words)
 
 
 def _directly(_instance: Instance, run_it: Callable[[], Result]) -> Result:

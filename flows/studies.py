@@ -19,6 +19,7 @@ from flows.digests import digest_of
 from flows.engine import Engine
 from flows.pipeline import Instance
 from flows.recipes import ConfigError, load_recipe, nearest, validate
+from flows.runs import options_of
 from flows.store import Store
 from stages.published import Table as PublishedTable
 from stages.section import Section
@@ -248,7 +249,8 @@ def _trial(
     words = (*(_as_override(key, value) for key, value in settings.items()), *overrides)
     try:
         recipe = load_recipe(recipe_name, words)
-        engine = Engine(recipe=recipe, store=store, command=f"clouds --recipe {recipe_name}")
+        options = options_of(recipe_name, str(store.root), words)
+        engine = Engine(recipe=recipe, store=store, options=options)
     except ConfigError as error:
         raise ConfigError(f"study {study.name!r}, case {case!r}: {error}") from error
     last = recipe.rounds.count

@@ -90,7 +90,8 @@ def predict(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         labels=arguments.labels or labelspace_of(model),
     )
-    console.say(f"{summary.text}  [{console.place(arguments.out)}]")
+    where = f"  [{console.place(arguments.out)}]" if arguments.out.is_dir() else ""
+    console.say(summary.text + where)
     return EXIT_FAILED if summary.numbers["failed"] else EXIT_OK
 
 

@@ -38,7 +38,7 @@ AHEAD_PX = 32_000_000
 """Pixels of decoded pictures that wait for the network."""
 
 NAMED_MAX = 20
-"""Failures that are told one by one; `summary.json` names them all."""
+"""Failures that are told one by one; `summary.json` names them all, if anything was predicted."""
 
 Size = tuple[int, int]
 
@@ -206,7 +206,10 @@ def _sum_up(
     *,
     num_done: int,
 ) -> Summary:
-    """Write `summary.json`: classes, shares over all pictures (each counts the same), failures."""
+    """Write `summary.json`: classes, shares over all pictures (each counts the same), failures.
+
+    Where nothing was ever written, there is nothing to sum up either.
+    """
     records = {source: files.whole_record(source) for source in sources}
     whole = {source: record for source, record in records.items() if record is not None}
     shares = {
@@ -214,18 +217,16 @@ def _sum_up(
         for name in (space.names if whole else ())
     }
     classes = [{"id": c.id, "name": c.name, "colour": list(c.colour)} for c in space.classes]
-    files.out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        files.out / "summary.json",
-        {
-            "made_by": files.made_by,
-            "settings": files.config.deciding(),
-            "classes": classes,
-            "shares": shares,
-            "predicted": {source.name: str(source.path) for source in whole},
-            "failed": dict(failed),
-        },
-    )
+    account = {
+        "made_by": files.made_by,
+        "settings": files.config.deciding(),
+        "classes": classes,
+        "shares": shares,
+        "predicted": {source.name: str(source.path) for source in whole},
+        "failed": dict(failed),
+    }
+    if files.out.is_dir():  # else nothing could be read: no folder for that
+        write_json(files.out / "summary.json", account)
     num_videos = sum(source.is_video for source in whole)
     numbers = {"pictures": len(whole) - num_videos, "videos": num_videos}
     counted = [

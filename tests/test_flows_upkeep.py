@@ -271,6 +271,18 @@ def test_an_estimate_grows_with_the_work_and_not_with_what_comes_before_it(tmp_p
     assert step.estimate_s == pytest.approx(before_s + 3 * working_s, abs=2e-3)
 
 
+def test_show_takes_a_stage_with_one_instance_and_lists_those_of_several(tmp_path, capsys):
+    run_toy(tmp_path, **LEGS, rounds={"count": 2})
+    assert clouds(tmp_path, "show", "sum") == 0
+    for what, meant in {
+        "share": "share@1#double, share@1#triple, share@2#double, share@2#triple",
+        "share@2": "share@2#double, share@2#triple",
+    }.items():
+        capsys.readouterr()
+        assert clouds(tmp_path, "show", what) == 2
+        assert f"{what!r} may be {meant}: name one." in capsys.readouterr().err
+
+
 def test_show_prints_the_settings_as_a_recipe_could_hold_them(tmp_path, capsys):
     run_toy(tmp_path, toy={"count": 12})
     assert clouds(tmp_path, "show", "numbers") == 0

@@ -229,6 +229,14 @@ def test_unreadable_files_are_named_and_the_rest_is_done(model, tmp_path, capsys
     assert {path.name for path in (out / "labels").rglob("*.png")} == {"0.png", "2.png"}
 
 
+def test_no_folder_is_made_for_pictures_that_cannot_be_read(model, tmp_path, capsys):
+    path = tmp_path / "text.jpg"
+    path.write_text("no picture")
+    assert command(path, "--model", model, "--out", tmp_path / "out") == 1
+    assert "nothing; 1 left out\n" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_video_without_frames_is_refused_by_name(model, tmp_path, capsys):
     path = tmp_path / "none.mp4"
     with av.open(str(path), "w") as container:
