@@ -198,7 +198,8 @@ def _read(name: str, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         inherited = _read(base, seen=(*seen, path))
         inherited.pop("name", None)
         inherited.pop("description", None)
-        inherited.get("report", {}).pop("title", None)
+        if isinstance(inherited.get("report"), dict):
+            inherited["report"].pop("title", None)
         merged = merge(merged, inherited)
     return merge(merged, tree)
 

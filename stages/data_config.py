@@ -13,7 +13,7 @@ _TAKEN_NAMES = {
 
 
 LayoutName = Literal[
-    "cityscapes", "gta5", "folder", "synthia", "bdd100k", "mapillary", "acdc", "urbansyn"
+    "cityscapes", "pairs", "folder", "gta5", "synthia", "bdd100k", "mapillary", "acdc", "urbansyn"
 ]
 
 
@@ -23,8 +23,9 @@ class DatasetConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name in ids ("name/stem"), tables and the report."""
     layout: LayoutName = "cityscapes"
-    """On-disk layout as released (`stages/layouts.py` lists the folders of each); folder: any
-    folder of images without labels."""
+    """On-disk layout as released (`stages/layouts.py` lists the folders of each); pairs: data of
+    one's own, `images/` and `labels/*.png` of the same names; folder: any folder of images without
+    labels."""
     root: str
     """Folder of the data set: absolute, below `data.root`, or `@render_world/PART` for the
     miniature's own streets."""

@@ -97,6 +97,14 @@ LAYOUTS: dict[str, Layout] = {
             ),
             has_splits=False,
         ),
+        Layout(
+            name="pairs",
+            folders=("images",),
+            kinds=(
+                LabelKind(name="labels", folders=("labels",), ending=".png", label_maps=_TRAIN_IDS),
+            ),
+            has_splits=False,
+        ),
         Layout(name="folder", folders=(".",), has_splits=False),
         Layout(
             name="synthia",

@@ -6,6 +6,7 @@ from flows.keys import differences, ingredients
 from flows.pipeline import build, select
 from flows.recipes import ConfigError, load_recipe, merge, recipe_files
 from flows.store import Store
+from stages.config import Recipe
 
 
 def write(folder, name, text):
@@ -36,6 +37,24 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path):
     assert recipe.name == "child"
     assert (recipe.seed, recipe.train_source.steps, recipe.train_source.batch_size) == (3, 5, 2)
     assert recipe.data.sources == ()
+
+
+def test_what_a_recipe_is_called_is_its_own_and_all_the_rest_is_inherited(tmp_path):
+    write(
+        tmp_path,
+        "base",
+        "name: b\ndescription: Base.\nreport: {title: Base, num_pictures: 3}\n"
+        "train_source: {augment: {crop_height: 64, scale_min: 0.7}}",
+    )
+    write(tmp_path, "untitled", "extends: base.yaml\nreport:\n")
+    recipe = load_recipe(write(tmp_path, "child", "extends: base.yaml"))
+    assert (recipe.name, recipe.description) == ("child", "")
+    assert recipe.report.title == Recipe().report.title
+    assert recipe.report.num_pictures == 3
+    augment = recipe.train_source.augment
+    assert (augment.crop_height, augment.scale_min) == (64, 0.7)
+    with pytest.raises(ConfigError, match="report = None"):
+        load_recipe(write(tmp_path, "grandchild", "extends: untitled.yaml"))
 
 
 def test_overrides_reach_values_sections_and_list_entries(tmp_path):

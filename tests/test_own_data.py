@@ -27,8 +27,8 @@ extends: camvid
 data:
   root: data
   labels: three.yaml
-  sources: [{name: renders, layout: gta5, root: renders, label_map: my_ids}]
-  targets: [{name: my_city, layout: gta5, root: my_city, label_map: my_ids}]
+  sources: [{name: renders, layout: pairs, root: renders, label_map: my_ids}]
+  targets: [{name: my_city, layout: pairs, root: my_city, label_map: my_ids}]
   unlabelled: [{name: pictures, layout: folder, root: pictures}]
 segmenter:
   encoder: {architecture: {embed_dim: 32, layers: [1, 1, 1, 1], width: 8, image_size: 64}}
@@ -107,7 +107,7 @@ def test_three_classes_of_ones_own_go_from_files_to_scores_and_predictions(place
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("data.targets.0.label_map=null", "'gta5', which label space 'three'"),
+        ("data.targets.0.label_map=null", "'train_ids', which label space 'three'"),
         ("data.targets.0.layout=cityscapes", "Folders in data/my_city: images, labels"),
         ("data.targets.0.layout=folder", "can only stand under `data.unlabelled`"),
         ("data.sources.0.root=rendres", "the folder data/rendres does not exist"),

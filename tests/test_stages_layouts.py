@@ -35,6 +35,7 @@ def test_the_config_names_exactly_the_layouts_that_exist():
             "cityscapes",
         ),
         (small_datasets.gta5, "gta5", ["00001", "00002", "00003"], "labels", "gta5"),
+        (small_datasets.gta5, "pairs", ["00001", "00002", "00003"], "labels", "train_ids"),
         (small_datasets.synthia, "synthia", ["0000000", "0000001"], "GT/LABELS", "synthia"),
         (
             small_datasets.bdd100k,
