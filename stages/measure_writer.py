@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from models.miniature.writer_lessons import says
+from models.miniature.writer_lessons import ATTRIBUTES, says
 from models.writer import Writer, count_clip_tokens, load_writer
 from prompts.loader import load_attributes, load_words
 from prompts.plan import Ask, class_weights, make_plan
@@ -25,8 +25,6 @@ from stages.shards import item_seed, write_json
 GATED = "miniature"
 """The label space whose share is the gate; others are told beside it."""
 LABEL_SPACES = (GATED, "cityscapes19")
-FOLLOWED = ("place", "time", "weather", "season")
-"""Attributes whose phrases are looked for in the replies."""
 NUM_SAMPLES = 12
 """Replies kept to be read."""
 
@@ -91,7 +89,7 @@ def examine(
         else:
             refused[problem.kind] += 1
         num_words += len(text.split())
-        for name in FOLLOWED:
+        for name in ATTRIBUTES:
             said = says(text, name)
             follows[name] += ask.attributes[name] in said
             strays[name] += bool(said) and ask.attributes[name] not in said
@@ -99,8 +97,8 @@ def examine(
         "replies": len(plan),
         "accepted": len(accepted) / len(plan),
         "refused": dict(sorted(refused.items())),
-        "follows": {name: follows[name] / len(plan) for name in FOLLOWED},
-        "strays": {name: strays[name] / len(plan) for name in FOLLOWED},
+        "follows": {name: follows[name] / len(plan) for name in ATTRIBUTES},
+        "strays": {name: strays[name] / len(plan) for name in ATTRIBUTES},
         "mean_words": round(num_words / len(plan), 1),
         "replies_per_s": round(len(plan) / (perf_counter() - started_s), 1),
         "samples": accepted[:NUM_SAMPLES],

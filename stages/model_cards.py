@@ -196,13 +196,14 @@ def _clip_table(gates: Mapping[str, Any]) -> list[str]:
 
 
 def _writer_table(gates: Mapping[str, Any]) -> list[str]:
+    attributes = sorted(gates["label_spaces"]["miniature"]["follows"])
     lines = [
         f"First replies to a plan, at temperature {gates['temperature']} and top_p "
         f"{gates['top_p']}. Accepted: valid by every check of `prompts/replies.py`, and neither a "
         f"copy nor a near copy of one before; the gate is {100 * gates['min_share']:.0f} % for the "
         "miniature's classes. Follows: with a phrase of the value asked for (sentences by rule "
         "leave some out, and a low temperature what is rare among them); strays: with one of "
-        "another value only; both of place, season, time, weather.",
+        f"another value only; both of {', '.join(attributes)}.",
         "",
         "| label space | replies | accepted | follows, % | strays, % | words |",
         "|---|---|---|---|---|---|",

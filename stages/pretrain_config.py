@@ -80,6 +80,9 @@ class PretrainClipConfig(PretrainSection):
 class PretrainWriterConfig(PretrainSection):
     """Train the miniature's writer on requests and sentences put together by rule."""
 
+    start: str | None = None
+    """Folder of a writer to begin with, tokenizer included, or builtin:writer; None: from fresh
+    weights."""
     steps: int = Field(2_400, gt=0)
     """Updates."""
     lr: float = Field(2.5e-3, gt=0)

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.miniature.writer_lessons import compose
 from models.miniature.writer_network import build_writer, save_writer, train_tokenizer
-from models.writer import count_clip_tokens
+from models.writer import count_clip_tokens, load_writer
 from prompts.loader import load_attributes, load_words
 from prompts.plan import Ask, class_weights, make_plan
 from prompts.replies import find_problem
@@ -59,8 +59,13 @@ def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
     """
     section, seed = config.pretrain_writer, config.seed
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(seed)
-    network = build_writer(tokenizer).train()
+    if section.start is None:
+        tokenizer = make_tokenizer(seed)
+        network = build_writer(tokenizer)
+    else:
+        earlier = load_writer(section.start)
+        tokenizer, network = earlier.tokenizer, earlier.model
+    network.train()
     losses = partial(
         _losses, network, tokenizer, section, seed=seed, bf16=config.precision == "bf16"
     )

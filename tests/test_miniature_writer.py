@@ -69,6 +69,9 @@ def test_sentences_by_rule_are_valid_and_distinct(labels):
         ("A city street in the rain.", "weather", {"light rain", "heavy rain"}),
         ("A calm residential street at dusk.", "place", {"residential street"}),
         ("A city streetcar.", "place", set()),
+        ("A suburban street going uphill.", "road", {"steep street"}),
+        ("A low view of a road in midwinter, a traffic jam.", "season", {"winter"}),
+        ("A low view of a road in midwinter, a traffic jam.", "traffic", {"standing queue"}),
     ],
 )
 def test_values_of_attributes_are_found_in_sentences(text, attribute, values):
@@ -134,6 +137,25 @@ def test_interrupted_training_ends_with_the_same_bits_and_loads_as_any_model(tmp
         top_p=0.95,
     )
     assert reply.text
+
+
+def test_training_may_begin_with_an_earlier_writer_and_keeps_its_tokenizer(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pretrain_writer, "TOKENIZER_LESSONS", 200)
+
+    def trained(name, seed, **section):
+        section = {"steps": 1, "batch_size": 1, "lr": 1e-6, **section}
+        recipe = PretrainRecipe(pretrain_writer=section, seed=seed)
+        config = StageConfig(recipe, stage="pretrain_writer", sections=("pretrain_writer",))
+        pretrain_writer.run(config, out=tmp_path / name, progress=Told())
+        return load_file(tmp_path / name / "model.safetensors")
+
+    earlier = trained("earlier", seed=7)
+    later = trained("later", seed=8, start=str(tmp_path / "earlier"))
+    assert all(torch.allclose(later[name], earlier[name], atol=1e-3) for name in earlier)
+    assert (tmp_path / "later" / "tokenizer.json").read_bytes() == (
+        tmp_path / "earlier" / "tokenizer.json"
+    ).read_bytes()
 
 
 class ByRule(Writer):

@@ -30,7 +30,16 @@ _TABLES = {
     "traffic": "traffic",
 }
 """Attribute of a request -> the table of its phrases."""
-_KEPT = {"time": 0.95, "weather": 0.95, "season": 0.3, "road": 0.5, "camera": 0.35, "traffic": 0.25}
+ATTRIBUTES = tuple(_TABLES)
+"""Attributes for which there are phrases."""
+_KEPT = {
+    "time": 0.95,
+    "weather": 0.95,
+    "season": 0.3,
+    "road": 0.5,
+    "camera": 0.35,
+    "traffic": 0.25,
+}
 """How often each attribute of the request shows in the sentence; its place always does."""
 
 
@@ -81,8 +90,10 @@ def _patterns(attribute: str) -> dict[str, list[re.Pattern[str]]]:
     """Per value its phrases as patterns: "(a|b)" is one already."""
     found = {}
     for value, entry in _phrases()[_TABLES[attribute]].items():
-        phrases = [*entry["nouns"], *entry.get("areas", ())] if isinstance(entry, dict) else entry
-        found[value] = [re.compile(rf"(?<!\w){phrase}(?!\w)") for phrase in phrases]
+        groups = entry.values() if isinstance(entry, dict) else [entry]
+        found[value] = [
+            re.compile(rf"(?<!\w){phrase}(?!\w)") for group in groups for phrase in group
+        ]
     return found
 
 

@@ -22,15 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from flows.recipes import load_recipe
-from models.miniature.writer_lessons import says
+from models.miniature.writer_lessons import ATTRIBUTES, says
 from prompts.loader import load_attributes, load_bank
 from stages import write_prompts
 from stages.config import StageConfig
 from stages.labels import load_labelspace
 from stages.shards import read_jsonl
-
-SAID = ("place", "time", "weather", "season")
-"""Attributes whose phrases are looked for in the prompts."""
 
 
 class Silent:
@@ -68,7 +65,7 @@ def coverage(writer: str, num_prompts: int, labels: str) -> dict[str, Any]:
     """The table: per class and per attribute value what the plan asks for and who names it."""
     ours = written(writer, num_prompts, labels)
     bank = written(write_prompts.BANK, len(load_bank()), labels)
-    said = {name: _said(ours["texts"], name) for name in SAID}
+    said = {name: _said(ours["texts"], name) for name in ATTRIBUTES}
     stated = {name: counts for name, counts in bank["attributes"].items() if counts}
     return {
         "labels": labels,
@@ -87,7 +84,7 @@ def coverage(writer: str, num_prompts: int, labels: str) -> dict[str, Any]:
         "attributes": {
             name: {
                 value: {"asked": ours["attributes"][name].get(value, 0)}
-                | ({"writer": said[name][value]} if name in said else {})
+                | {"writer": said[name][value]}
                 | ({"bank": stated[name].get(value, 0)} if name in stated else {})
                 for value in values
             }
