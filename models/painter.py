@@ -7,6 +7,7 @@ pictures = painter.paint(["A street at dusk."], seeds=[7], height=768, width=768
 
 # B pictures, H W height and width
 import difflib
+import inspect
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,12 @@ from diffusers import (
 from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
 from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
 from models.hub import Source, find_model, loading
@@ -72,13 +78,20 @@ class Painter:
         return True
 
     def longer_than_read(self, prompts: Sequence[str]) -> list[str]:
-        """Those prompts whose ends the (first) text tower does not see: they have more tokens."""
-        tokenizer = getattr(self.pipeline, "tokenizer", None)
-        if tokenizer is None:
-            return []
-        lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
-        limit = tokenizer.model_max_length
-        return [text for text, length in zip(prompts, lengths, strict=True) if length > limit]
+        """Those prompts whose ends no text tower sees: they have more tokens than any reads."""
+        names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        found = [getattr(self.pipeline, name, None) for name in names]
+        tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
+        return [text for text in prompts if tokenizers and not _any_reads(tokenizers, text)]
+
+    def minds_negative_prompt(self, guidance: float) -> bool:
+        """Whether a negative prompt has an effect at all.
+
+        It works through classifier-free guidance, which needs a scale above 1 and which models
+        distilled to do without (FLUX) have under another name, unused here.
+        """
+        takes = inspect.signature(self.pipeline.__call__).parameters
+        return guidance > 1 and "negative_prompt" in takes and "true_cfg_scale" not in takes
 
     @property
     def _autoencoder(self) -> Any:
@@ -136,6 +149,14 @@ class Painter:
             )
         bytes_B3HW = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
         return list(bytes_B3HW.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _any_reads(tokenizers: Sequence[PreTrainedTokenizerBase], text: str) -> bool:
+    """Whether a text tower sees all of the text."""
+    return any(
+        len(tokenizer(text, verbose=False).input_ids) <= tokenizer.model_max_length
+        for tokenizer in tokenizers
+    )
 
 
 def load_painter(

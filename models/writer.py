@@ -156,6 +156,7 @@ def load_writer(
     *,
     revision: str | None = None,
     device: torch.device | str = "cpu",
+    device_map: str | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Writer:
@@ -165,6 +166,7 @@ def load_writer(
         reference: hub id, local folder, builtin:NAME, or "random" (tiny, seeded random weights).
         revision: of a hub model.
         device: where to.
+        device_map: in place of `device`: spread the layers over several, as accelerate's word says.
         dtype: of the weights.
         seed: of random weights.
 
@@ -176,7 +178,9 @@ def load_writer(
         with tempfile.TemporaryDirectory() as folder:
             save_random_writer(Path(folder), seed=seed)
             source = Source(name=folder, local_only=True)
-            return _load(source, revision=None, device=device, dtype=dtype, untrained=True)
+            return _load(
+                source, None, device=device, device_map=device_map, dtype=dtype, untrained=True
+            )
     source = find_model(
         reference,
         revision=revision,
@@ -184,14 +188,17 @@ def load_writer(
         option="write_prompts.model",
         otherwise="Or set write_prompts.model=bank: the shipped prompts, without a model.",
     )
-    return _load(source, revision=revision, device=device, dtype=dtype, untrained=False)
+    return _load(
+        source, revision, device=device, device_map=device_map, dtype=dtype, untrained=False
+    )
 
 
 def _load(
     source: Source,
-    *,
     revision: str | None,
+    *,
     device: torch.device | str,
+    device_map: str | None,
     dtype: torch.dtype,
     untrained: bool,
 ) -> Writer:
@@ -203,10 +210,14 @@ def _load(
         raise _no_chat_template(source.name)
     what = f"write_prompts.model: {source.name}"
     with refusing_code(what), loading(source.name, option="write_prompts.model"):
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=dtype, device_map=device_map, **where
+        )
+    if device_map is None:
+        model = model.to(device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Writer(model=model.to(device).eval(), tokenizer=tokenizer, untrained=untrained)
+    return Writer(model=model.eval(), tokenizer=tokenizer, untrained=untrained)
 
 
 def _no_chat_template(source: str) -> ValueError:

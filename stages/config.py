@@ -38,6 +38,9 @@ class WritePromptsConfig(Section):
     server: Annotated[str | None, NOT_IN_KEY] = None
     """Base address of an OpenAI-compatible server that serves `model` (http://localhost:8000/v1);
     its key is read from the environment variable OPENAI_API_KEY. None: load the model here."""
+    device_map: Annotated[Literal["auto", "balanced", "sequential"] | None, NOT_IN_KEY] = None
+    """Spread a model that is too large for one GPU over all there are, and over main memory (as
+    accelerate's `device_map`); None: one device, `run.device`."""
     batch_size: int = Field(8, gt=0)
     """Prompts asked for at once."""
     max_new_tokens: int = Field(96, gt=0)

@@ -115,6 +115,11 @@ def _painting(config: StageConfig, *, prompts: Path | None) -> ShardJob:
         )
         if section.vae_tiling:
             painter.decode_in_tiles()
+        if section.negative_prompt and not painter.minds_negative_prompt(section.guidance):
+            progress.note(
+                f"synthesize.negative_prompt has no effect: {section.model} at guidance "
+                f"{section.guidance:g} asks only for what is wanted"
+            )
         texts = sorted({each.prompt for each in commissions})
         if cut := painter.longer_than_read(texts):
             progress.note(

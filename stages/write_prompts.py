@@ -180,6 +180,7 @@ def _load(config: StageConfig) -> Writer | ServedWriter | None:
         section.model,
         revision=section.revision,
         device=device.device,
+        device_map=section.device_map,
         dtype=device.dtype,
         seed=config.seed,
     )

@@ -4,11 +4,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from models.painter import known_schedulers, load_painter, save_random_painter
 
@@ -127,6 +139,11 @@ def test_numbers_that_are_not_finite_are_an_error_and_no_black_picture():
         painter.paint(PROMPTS, seeds=[1, 2], **HOW)
 
 
+@pytest.mark.parametrize(("guidance", "minds"), [(1.0, False), (3.0, True)])
+def test_a_negative_prompt_needs_guidance(painter, guidance, minds):
+    assert painter.minds_negative_prompt(guidance) is minds
+
+
 def save_tiny_xl(folder) -> None:
     """A tiny Stable Diffusion XL: two text encoders, size conditioning, no safety checker."""
     save_random_painter(folder / "small", seed=0)
@@ -166,3 +183,103 @@ def test_stable_diffusion_xl_is_loaded_by_the_same_call(tmp_path):
     (alone,) = painter.paint(PROMPTS[1:], seeds=[2], negative_prompt="fog", **how)
     assert together[0].shape == (64, 128, 3)
     assert difference(alone, together[1]) <= 1
+
+
+def tiny_parts(folder) -> dict:
+    """What SD3 and FLUX share: an autoencoder with a shift, a flow's scheduler, CLIP and T5."""
+    save_random_painter(folder / "small", seed=0)
+    small = StableDiffusionPipeline.from_pretrained(folder / "small", safety_checker=None)
+    shape = ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyzA."]
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    long = T5Tokenizer(vocab=marks + letters, model_max_length=512)
+    sizes = {"d_model": 64, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return {
+        "vae": AutoencoderKL(
+            **{name: small.vae.config[name] for name in shape},
+            latent_channels=4,
+            shift_factor=0.1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "text": small.text_encoder.config,
+        "tokenizer": small.tokenizer,
+        "long_encoder": T5EncoderModel(T5Config(vocab_size=len(long), **sizes)),
+        "long_tokenizer": long,
+    }
+
+
+def save_tiny_sd3(folder) -> None:
+    """A tiny Stable Diffusion 3: a transformer, two CLIP towers and T5."""
+    parts = tiny_parts(folder)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=parts["scheduler"],
+        vae=parts["vae"],
+        text_encoder=CLIPTextModelWithProjection(parts["text"]),
+        tokenizer=parts["tokenizer"],
+        text_encoder_2=CLIPTextModelWithProjection(parts["text"]),
+        tokenizer_2=parts["tokenizer"],
+        text_encoder_3=parts["long_encoder"],
+        tokenizer_3=parts["long_tokenizer"],
+    ).save_pretrained(folder / "model")
+
+
+def save_tiny_flux(folder) -> None:
+    """A tiny FLUX: a transformer that takes guidance as a number, one CLIP tower and T5."""
+    parts = tiny_parts(folder)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    )
+    FluxPipeline(
+        transformer=transformer,
+        scheduler=parts["scheduler"],
+        vae=parts["vae"],
+        text_encoder=CLIPTextModel(parts["text"]),
+        tokenizer=parts["tokenizer"],
+        text_encoder_2=parts["long_encoder"],
+        tokenizer_2=parts["long_tokenizer"],
+    ).save_pretrained(folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("save", "kind", "minds"),
+    [
+        (save_tiny_sd3, StableDiffusion3Pipeline, True),
+        (save_tiny_flux, FluxPipeline, False),
+    ],
+)
+def test_transformers_that_paint_are_loaded_by_the_same_call(tmp_path, save, kind, minds):
+    torch.manual_seed(0)
+    save(tmp_path)
+    painter = load_painter(str(tmp_path / "model"))
+    assert isinstance(painter.pipeline, kind)
+    how = HOW | {"guidance": 3.0}
+    together = painter.paint(PROMPTS, seeds=[1, 2], negative_prompt="fog", **how)
+    (alone,) = painter.paint(PROMPTS[1:], seeds=[2], negative_prompt="fog", **how)
+    assert together[0].shape == (64, 128, 3)
+    assert difference(alone, together[1]) <= 1  # rounding, by batch size
+    assert painter.minds_negative_prompt(3.0) is minds
+    clip_long, too_long = "a " * 90, "a " * 600
+    assert painter.longer_than_read([clip_long, too_long]) == [too_long]

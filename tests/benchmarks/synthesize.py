@@ -1,6 +1,7 @@
 """How fast pictures are painted: batched against one by one, and what is not painting.
 
     python tests/benchmarks/synthesize.py [--device cpu|cuda] [--json]
+    python tests/benchmarks/synthesize.py --device cuda --runs 3     on a GPU: nothing to download
 
 `paint_batched`: pictures per second of the stage's painter, batched with one seed per picture,
 against the same pipeline called picture by picture as its documentation says. `overhead`: share of
@@ -13,6 +14,7 @@ random one, whose networks are so small that the overhead says little.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.config import MINIATURE_DIR
 from models.painter import Painter, load_painter, save_random_painter
@@ -244,6 +248,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     painter, section = subject(arguments.device)
     rows = [CASES[name](painter, section, arguments.runs) for name in arguments.cases]
     if arguments.json:
