@@ -2,12 +2,23 @@
 
     python tests/benchmarks/segmenter.py [--device cpu|cuda] [--case losses_hf ...] [--json]
 
+All that wants a GPU, in one line (made to fit 10 minutes of an H200, where it has not run yet):
+
+    python tests/benchmarks/segmenter.py --device cuda && python tests/benchmarks/recipe_cost.py
+    --device cuda --json > costs.json && python tests/benchmarks/reading.py --costs costs.json
+
 Cases `losses`, `train_step` and `inference`, each `_hf` (transformers' pixel decoder, transformer
 module and loss on the same encoder) and `_released` (CLOUDS' step: those modules in float32, losses
 that match prediction by prediction and picture by picture with a round trip to the host, and a
 second trunk pass for the clean view of the generated pictures). Names with `_bf16` run ours in
 bfloat16 autocast against float32; all others run both sides in float32. Both sides run
 alternately in one process after a warm-up; medians, spread, ratio, absolute rates, peak memory.
+
+Two more rows are shares. `trunk_of_matmul` (on a GPU in bfloat16) sets the frozen trunk against
+large matrix products of as many operations: its ratio is the share of the device's matrix rate that
+the trunk reaches (goal on an H200: 0.4). `step_of_losses` sets matching and losses with their
+backward pass (`losses_released`) against our whole step (`train_step_released`): its ratio is how
+many times they fit into it (goal on an H200: 10, under a tenth).
 """
 
 import argparse
@@ -21,15 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
-from transformers import Mask2FormerConfig
-from transformers.models.mask2former.modeling_mask2former import (
-    Mask2FormerLoss,
-    Mask2FormerPixelDecoder,
-    Mask2FormerTransformerModule,
-)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -39,8 +43,9 @@ from models.decoder import Prediction
 from models.inference import predict
 from models.losses import SetCriterion
 from models.segmenter import Segmenter
+from tests.benchmarks.flops import flops_of
+from tests.benchmarks.mask2former import CLASSES, HfHead, released_loss
 
-CLASSES = 19
 GENERATED_SHARE = 0.25
 """Share of generated pictures in a batch of the joint phase (the released GTA5 recipe: 25-29 %)."""
 
@@ -53,127 +58,16 @@ class Setting:
     crop_px: int
     batch: int
     runs: int
+    matmul_side: int
+    """Rows and columns of the matrices that show the device's rate."""
 
 
 SETTINGS = {
-    "cpu": Setting(encoder="RN50", crop_px=256, batch=2, runs=3),
-    "cuda": Setting(encoder="convnext_large_d_320", crop_px=768, batch=8, runs=10),
+    "cpu": Setting(encoder="RN50", crop_px=256, batch=2, runs=3, matmul_side=1024),
+    "cuda": Setting(
+        encoder="convnext_large_d_320", crop_px=768, batch=8, runs=10, matmul_side=8192
+    ),
 }
-
-
-class HfHead(nn.Module):
-    """transformers' modules put together as its own model does, for our encoder's features."""
-
-    def __init__(self, channels: tuple[int, ...]):
-        super().__init__()
-        self.config = Mask2FormerConfig(num_labels=CLASSES, decoder_layers=10, encoder_layers=6)
-        self.pixel_decoder = Mask2FormerPixelDecoder(self.config, feature_channels=channels)
-        nn.init.normal_(self.pixel_decoder.level_embed)
-        self.transformer = Mask2FormerTransformerModule(256, self.config)
-        self.class_predictor = nn.Linear(256, CLASSES + 1)
-        weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
-        self.weights = weights
-        self.criterion = Mask2FormerLoss(self.config, weights)
-
-    def forward(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(class logits, masks) of all ten predictions."""
-        pixels = self.pixel_decoder(features)
-        out = self.transformer(
-            multi_scale_features=pixels.multi_scale_features,
-            mask_features=pixels.mask_features,
-            output_hidden_states=True,
-        )
-        classes = [self.class_predictor(h.transpose(0, 1)) for h in out.intermediate_hidden_states]
-        return list(zip(classes, out.masks_queries_logits, strict=True))
-
-    def loss(self, predictions: list, labels_BHW: torch.Tensor) -> torch.Tensor:
-        """Its loss, as its own model calls it."""
-        masks, classes = binary_targets(labels_BHW)
-        *earlier, (logits, final) = predictions
-        losses = self.criterion(
-            masks_queries_logits=final,
-            class_queries_logits=logits,
-            mask_labels=masks,
-            class_labels=classes,
-            auxiliary_predictions=[
-                {"masks_queries_logits": m, "class_queries_logits": c} for c, m in earlier
-            ],
-        )
-        return sum(
-            value * next(w for key, w in self.weights.items() if key in name)
-            for name, value in losses.items()
-        )
-
-
-def binary_targets(labels_BHW: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """One float mask per class and picture, and the classes."""
-    classes = [v[v != 255].long() for v in (labels.unique() for labels in labels_BHW)]
-    masks = [
-        (labels == present[:, None, None]).float()
-        for labels, present in zip(labels_BHW, classes, strict=True)
-    ]
-    return masks, classes
-
-
-def sample(masks_NHW: torch.Tensor, points_NP2: torch.Tensor) -> torch.Tensor:
-    """Masks at points."""
-    grid = 2 * points_NP2[:, :, None] - 1
-    return F.grid_sample(masks_NHW[:, None], grid, align_corners=False)[:, 0, :, 0]
-
-
-def released_loss(predictions: list, labels_BHW: torch.Tensor) -> torch.Tensor:
-    """The released criterion, step by step: one matching per prediction and picture."""
-    masks, classes = binary_targets(labels_BHW)
-    total = 0
-    for logits, predicted in predictions:
-        pairs = [
-            released_match(logits[b], predicted[b], masks[b], classes[b]) for b in range(len(masks))
-        ]
-        total = total + released_losses(logits, predicted, masks, classes, pairs)
-    return total
-
-
-@torch.no_grad()
-def released_match(logits, predicted, masks, classes, points=12544):
-    """Pairs of one prediction and one picture, over the host."""
-    probability = logits.softmax(-1)
-    places = torch.rand(1, points, 2, device=logits.device)
-    guess = sample(predicted, places.expand(len(predicted), -1, -1)).float()
-    truth = sample(masks, places.expand(len(masks), -1, -1)).float()
-    positive = F.binary_cross_entropy_with_logits(guess, torch.ones_like(guess), reduction="none")
-    negative = F.binary_cross_entropy_with_logits(guess, torch.zeros_like(guess), reduction="none")
-    entropy = (positive @ truth.T + negative @ (1 - truth).T) / points
-    share = guess.sigmoid()
-    dice = 1 - (2 * share @ truth.T + 1) / (share.sum(-1)[:, None] + truth.sum(-1) + 1)
-    cost = 5 * entropy - 2 * probability[:, classes] + 5 * dice
-    return linear_sum_assignment(cost.cpu())
-
-
-def released_losses(logits, predicted, masks, classes, pairs, points=12544):
-    """Class, mask and dice losses of one prediction."""
-    targets = torch.full(logits.shape[:2], CLASSES, device=logits.device)
-    for b, (queries, columns) in enumerate(pairs):
-        targets[b, queries] = classes[b][columns]
-    weight = torch.ones(CLASSES + 1, device=logits.device)
-    weight[-1] = 0.1
-    loss_ce = F.cross_entropy(logits.transpose(1, 2), targets, weight)
-    guess = torch.cat([predicted[b, q] for b, (q, _) in enumerate(pairs)])
-    truth = torch.cat([masks[b][c] for b, (_, c) in enumerate(pairs)])
-    count = len(guess)
-    with torch.no_grad():
-        candidates = torch.rand(count, 3 * points, 2, device=logits.device)
-        uncertainty = -sample(guess, candidates).abs()
-        uncertain = int(0.75 * points)
-        kept = uncertainty.topk(uncertain, dim=1).indices
-        chosen = torch.gather(candidates, 1, kept[..., None].expand(-1, -1, 2))
-        uniform = torch.rand(count, points - uncertain, 2, device=logits.device)
-        places = torch.cat([chosen, uniform], 1)
-        truth_at = sample(truth, places)
-    guess_at = sample(guess, places)
-    entropy = F.binary_cross_entropy_with_logits(guess_at, truth_at, reduction="none")
-    share = guess_at.sigmoid()
-    dice = 1 - (2 * (share * truth_at).sum(-1) + 1) / (share.sum(-1) + truth_at.sum(-1) + 1)
-    return 2 * loss_ce + 5 * entropy.mean(1).sum() / count + 5 * dice.sum() / count
 
 
 class Bench:
@@ -305,8 +199,31 @@ class Bench:
         if self.device == "cuda":
             yield "inference_released_bf16", lambda: ours(True), released
 
+    def trunk(self) -> Iterator[tuple[str, Callable, Callable]]:
+        """The frozen trunk, and matrix products of as many operations."""
+        on_gpu, side = self.device == "cuda", self.setting.matmul_side
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        left, right = torch.randn(2, side, side, device=self.device, dtype=dtype)
+        names = self.segmenter.class_names
+        shapes = build_segmenter(self.segmenter.config, class_names=names, device="meta")
+        pictures = torch.empty(self.images.shape, device="meta")
+        operations = flops_of(lambda: shapes.encode(shapes.prepare(pictures)[0]))
+        share = operations / (2 * side**3)
+
+        def ours() -> None:
+            with self.autocast(on_gpu):
+                self.features(self.images)
+
+        def products() -> None:
+            for _ in range(int(share)):
+                left @ right
+            left[: round(share % 1 * side)] @ right
+
+        yield "trunk_of_matmul", ours, products
+
     def cases(self) -> Iterator[tuple[str, Callable, Callable]]:
         """All cases: name, ours, theirs."""
+        yield from self.trunk()
         yield from self.losses()
         yield from self.steps()
         yield from self.inference()
@@ -369,6 +286,30 @@ def measure(
     }
 
 
+def step_of_losses(rows: list[dict]) -> dict | None:
+    """Our losses against our step, in bfloat16 where that was measured."""
+    found = {row["name"]: row for row in rows}
+    step = found.get("train_step_released_bf16") or found.get("train_step_released")
+    losses = found.get("losses_released")
+    if step is None or losses is None:
+        return None
+    mine, whole = losses["ours"], step["ours"]
+    ratio = round(whole / mine, 3)
+    return {"name": "step_of_losses", "ours": mine, "theirs": whole, "unit": "s", "ratio": ratio}
+
+
+def show(row: dict) -> None:
+    """A line of the table."""
+    line = f"{row['name']:<26} ours {row['ours']:.3f} s  theirs {row['theirs']:.3f} s"
+    line += f"  ratio {row['ratio']:.2f}"
+    if "pictures_per_s" in row:
+        line += (
+            f"  spread {row['spread_ours']} {row['spread_theirs']}  "
+            f"{row['pictures_per_s']} pictures/s  peak {row['peak_gib']} GiB"
+        )
+    print(line, flush=True)
+
+
 def main() -> None:
     """Print the table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -394,13 +335,11 @@ def main() -> None:
             continue
         rows.append(measure(name, ours, theirs, arguments.device, setting, clock))
         if not arguments.json:
-            row = rows[-1]
-            print(
-                f"{name:<26} ours {row['ours']:.3f} s {row['spread_ours']}  theirs "
-                f"{row['theirs']:.3f} s {row['spread_theirs']}  ratio {row['ratio']:.2f}  "
-                f"{row['pictures_per_s']} pictures/s  peak {row['peak_gib']}",
-                flush=True,
-            )
+            show(rows[-1])
+    if share := step_of_losses(rows):
+        rows.append(share)
+        if not arguments.json:
+            show(share)
     if arguments.json:
         print(json.dumps(rows, indent=1))
 
