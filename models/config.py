@@ -25,10 +25,10 @@ class EncoderConfig(Section):
     """Library that builds the image tower; only the tower is built and stored."""
     name: str = "convnext_large_d_320"
     """Model name in that library: open_clip `RN50`, `ViT-B-16`, `EVA02-B-16`, `local-dir:FOLDER`;
-    timm `vit_large_patch14_dinov2`; transformers `mit-b5` or a hub id or folder; SAM `vit_h`."""
+    timm `vit_large_patch14_dinov2`; transformers `mit-b5`; SAM `vit_h`."""
     weights: str | None = None
-    """Pre-trained tag, file or folder of weights (transformers: `default`, the name's own); None:
-    seeded random weights."""
+    """Pre-trained tag, file, folder or hub id (owner/name) of weights (transformers: `default`, the
+    name's own; SAM: a file); None: seeded random weights."""
     architecture: dict[str, Any] | None = None
     """Replaces the architecture that `name` stands for, for small encoders: open_clip's
     `vision_cfg` (plus `embed_dim`, and `timm_options` of its timm model), or keyword arguments of

