@@ -29,12 +29,11 @@ from flows.outputs import (
     output_digest,
     read_json,
 )
-from stages.shards import file_digest, is_plain_name, write_json
+from stages.shards import bring_to_disk, file_digest, is_plain_name, write_json
 
 LATEST = "latest"
 SCRATCH = "state"
 """What a stage keeps for resuming: no output, and removed once the artifact is in place."""
-_FSYNC_EACH_MAX = 256
 
 
 class Store:
@@ -209,7 +208,7 @@ class Store:
         whole = _as_json({**manifest, "outputs": outputs})
         whole["digest"] = output_digest(whole)
         write_json(staging / MANIFEST, whole | {"seal": digest_of(whole)})
-        _fsync_tree(staging)
+        bring_to_disk(staging)
         if final.exists():
             self.trash(final)
         staging.rename(final)
@@ -321,17 +320,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _fsync_tree(folder: Path) -> None:
-    """Bring everything below a folder to the disk: file by file, or all at once if many."""
-    paths = [folder, *folder.rglob("*")]
-    if len(paths) > _FSYNC_EACH_MAX:
-        os.sync()
-        return
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -13,12 +13,16 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.contracts import SHARD_ITEMS_MAX, Progress
 
 Row = dict[str, Any]
+
+SYNC_EACH_MAX = 256
+"""Files of a folder up to which each is brought to the disk by itself; beyond, all at once."""
 
 
 def file_digest(path: Path) -> str:
@@ -52,6 +56,20 @@ def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def bring_to_disk(folder: Path) -> None:
+    """Return when all that is below a folder has reached the disk: a power cut leaves it whole."""
+    paths = [folder, *islice(folder.rglob("*"), SYNC_EACH_MAX)]
+    if len(paths) > SYNC_EACH_MAX:
+        os.sync()
+        return
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -202,6 +220,7 @@ def shard_folder(out: Path, number: int) -> Path:
 def make_shard(out: Path, number: int, job: ShardJob, work: Work) -> None:
     """Make one shard in a folder of this process's own, then rename it into place.
 
+    It gets its name when all of it is on the disk: after a power cut no half is taken as whole.
     Two processes may make the same shard (one of them was believed dead): they make the same bytes,
     the first to finish is kept, and neither ever sees a half of the other's.
     """
@@ -211,10 +230,11 @@ def make_shard(out: Path, number: int, job: ShardJob, work: Work) -> None:
     temporary.mkdir(parents=True)
     write_jsonl(temporary / "index.jsonl", work(chunk, temporary))
     files = {
-        path.name: {"bytes": path.stat().st_size, "digest": file_digest(path)}
-        for path in sorted(temporary.iterdir())
+        entry.name: {"bytes": entry.stat().st_size, "digest": file_digest(Path(entry.path))}
+        for entry in os.scandir(temporary)
     }
     write_json(temporary / "shard.json", {"num_items": len(chunk), "files": files})
+    bring_to_disk(temporary)
     try:
         temporary.rename(folder)
     except OSError as error:

@@ -4,6 +4,7 @@ The disk is a real one: a tmpfs of a few pages in a mount namespace of its own, 
 """
 
 import errno
+import os
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from flows.filesystem import lacks
 from flows.outputs import StoreError
 from flows.store import Store
+from stages.shards import SYNC_EACH_MAX, ShardJob, write_shards
 from stages.training import Checkpoints
 from tests.tiny import Told
 
@@ -126,3 +128,38 @@ def test_a_file_system_that_will_not_do_is_refused_before_any_work(
     with pytest.raises(StoreError, match="--artifacts DIR") as caught:
         Store(tmp_path / "artifacts").open()
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("num_files", [3, SYNC_EACH_MAX + 1])
+def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, num_files):
+    """Else a power cut could leave the name without what it stands for."""
+    on_disk: set[str] = set()
+    left: list[set[str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def told_fsync(descriptor):
+        fsync(descriptor)
+        on_disk.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def told_sync():
+        on_disk.update(str(path) for path in tmp_path.rglob("*"))
+
+    def told_rename(self, target):
+        if self.is_dir():
+            left.append({str(path) for path in [self, *self.iterdir()]} - on_disk)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", told_fsync)
+    monkeypatch.setattr(os, "sync", told_sync)
+    monkeypatch.setattr(Path, "rename", told_rename)
+
+    def work(items, folder):
+        for item in items:
+            (folder / f"{item}.txt").write_text("whole")
+        return [{"id": str(item)} for item in items]
+
+    job = ShardJob(
+        items=range(num_files), shard_size=1000, unit="files", open=lambda progress: work
+    )
+    write_shards(tmp_path, job, progress=Told())
+    assert left == [set()]
