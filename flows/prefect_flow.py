@@ -37,7 +37,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Completed, State
 
 from flows.engine import Engine
-from flows.gpus import wants_gpu
+from flows.gpus import gpus_taken, own_gpus
 from flows.pipeline import Instance
 from flows.recipes import ConfigError
 from flows.runs import arrange, run
@@ -262,30 +262,38 @@ class _Desk:
         return self.results[instance.name]
 
     def execute(self, spec: Mapping[str, Any], progress: Progress, lock: int) -> Summary:
-        """Run a stage in a child process, with a GPU slot if it will compute on a GPU."""
-        with self._slot(spec):
+        """Run a stage in a child process, with a slot for every GPU it will compute on."""
+        with self._slots(spec) as env:
             timeout_s = self.engine.recipe.run.stage_timeout_s
-            return run_child(spec, progress, timeout_s, keep_fds=(lock,))
+            return run_child(spec, progress, timeout_s, keep_fds=(lock,), env=env)
 
     @contextlib.contextmanager
-    def _slot(self, spec: Mapping[str, Any]) -> Iterator[None]:
-        computes = any(c.numeric for c in self.engine.contracts if c.name == spec["stage"])
-        if not (computes and wants_gpu(self.engine.recipe.run.device)):
-            yield
+    def _slots(self, spec: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
+        (contract,) = [c for c in self.engine.contracts if c.name == spec["stage"]]
+        count = gpus_taken(contract, self.engine.recipe)
+        if not count:
+            yield {}
             return
         with contextlib.ExitStack() as stack:
             try:
                 # a server that is away for a while is no reason to end days of work
-                slot = concurrency(
-                    GPU_LIMIT, occupy=1, strict=True, raise_on_lease_renewal_failure=False
+                slots = concurrency(
+                    GPU_LIMIT, occupy=count, strict=True, raise_on_lease_renewal_failure=False
                 )
-                stack.enter_context(slot)
+                stack.enter_context(slots)
             except ConcurrencySlotAcquisitionError as error:
+                if "greater than the limit" in str(error):
+                    raise ConfigError(
+                        f"run.processes is {count}, but this Prefect server's limit {GPU_LIMIT!r} "
+                        f"counts fewer GPUs: choose fewer processes, or raise it with `python -m "
+                        f"flows.deploy --gpus {count}`."
+                    ) from error
                 raise ConfigError(
                     f"this Prefect server has no concurrency limit {GPU_LIMIT!r} ({error}): "
                     f"`make deploy` makes it."
                 ) from error
-            yield
+            chosen = ":" in self.engine.recipe.run.device  # by the user
+            yield {} if chosen else stack.enter_context(own_gpus(count))
 
     # The engine's listener
 

@@ -168,6 +168,9 @@ class Contract:
     """Units of work that the recipe asks for (steps, pictures), for estimates."""
     exists: Callable[[Any], bool] = lambda recipe: True
     """Whether the recipe has this stage at all."""
+    shared: Literal["", "updates", "shards"] = ""
+    """What `run.processes` processes of a machine share, a GPU each: every update of a training, or
+    whole shards; empty: one process does it all."""
     saves_memory: str = ""
     """What to change where memory does not suffice, for the error."""
 
@@ -308,6 +311,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="train_source",
         version=1,
         verb="stages.train_source",
+        shared="updates",
         units=lambda recipe: recipe.train_source.steps,
         does="Train the segmenter on the labelled sources.",
         sections=("segmenter", "train_source"),
@@ -343,6 +347,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="synthesize",
         version=1,
         verb="stages.synthesize",
+        shared="shards",
         helper=True,
         units=_num_pictures,
         does="Paint pictures from the prompts (or collect unlabelled ones).",
@@ -361,6 +366,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="pseudo_label",
         version=1,
         verb="stages.pseudo_label",
+        shared="shards",
         helper=True,
         units=_num_pictures,
         does="Label the pictures with the teacher.",
@@ -392,6 +398,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="refine",
         version=1,
         verb="stages.refine",
+        shared="shards",
         helper=True,
         units=_num_pictures,
         does="Sharpen the labels with SAM.",
@@ -412,6 +419,7 @@ CONTRACTS: tuple[Contract, ...] = (
         name="self_train",
         version=1,
         verb="stages.self_train",
+        shared="updates",
         units=lambda recipe: recipe.self_train.steps,
         does="Train on source and painted pictures together.",
         sections=("self_train",),

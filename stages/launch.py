@@ -8,8 +8,9 @@ A spec is plain JSON: {"stage", "verb", "round", "leg", "sections", "recipe", "r
 is described in `stages/children.py`. No torch, no Prefect here.
 
 Training stages run in `run.processes` processes: the child lets `accelerate launch` start them from
-the same spec file. Stages that work in shards are shared among worker processes by
-`stages/crew.py`, or among the nodes of a Ray cluster by `stages/ray_crew.py`.
+the same spec file, on several machines with the help of `stages/join.py`. Stages that work in
+shards are shared among worker processes by `stages/crew.py`, or among the nodes of a Ray cluster by
+`stages/ray_crew.py`.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from stages.children import (
     write_spec,
 )
 from stages.contracts import Progress, Summary
+from stages.machines import call_for_machines, is_lost_peer
 from stages.memory import peak_memory_bytes
 from stages.shards import ShardJob, make_shard, missing_shards
 from stages.specs import open_spec
@@ -90,7 +92,9 @@ def execute(spec: Spec, progress: Progress, *, keep_fds: Sequence[int] = ()) -> 
 
 
 def _num_ranks(spec: Spec) -> int:
-    return _settings(spec).get("processes", 1) if spec["verb"] in RANKED_VERBS else 1
+    run = _settings(spec)
+    each, machines = run.get("processes", 1), run.get("machines", 1)
+    return each * machines if spec["verb"] in RANKED_VERBS else 1
 
 
 def _has_crew(spec: Spec) -> bool:
@@ -140,6 +144,7 @@ def run_child(
     timeout_s: float | None = None,
     *,
     keep_fds: Sequence[int] = (),
+    env: Mapping[str, str] | None = None,
 ) -> Summary:
     """Run the stage in a child process; whatever happens here, its whole group has ended after.
 
@@ -149,6 +154,7 @@ def run_child(
         timeout_s: end the child after this many seconds; None: never.
         keep_fds: file descriptors the child inherits, such as that of a lock: a lock held by both
             is free only when the child is gone too, even if this process is killed.
+        env: additions to its environment.
 
     Raises:
         TimeoutError: the child ran longer than `timeout_s`.
@@ -157,7 +163,7 @@ def run_child(
     """
     with (
         tempfile.TemporaryDirectory(prefix="clouds-") as folder,
-        process_group(write_spec(spec, Path(folder)), keep_fds=keep_fds) as child,
+        process_group(write_spec(spec, Path(folder)), keep_fds=keep_fds, env=env) as child,
     ):
         return Watch(child, str(spec["stage"]), progress).until_done(timeout_s)
 
@@ -201,37 +207,44 @@ def _stop_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _lead_ranks(count: int, spec_path: str, progress: _LineProgress) -> int:
-    """Let `accelerate launch` start `count` training processes from the spec file, and wait.
+def _lead_ranks(spec: Spec, spec_path: str, progress: _LineProgress) -> int:
+    """Let `accelerate launch` start this machine's training processes from the spec file, and wait.
 
     A rank's own error is told by the rank; what is told here is that one died without a word.
     """
-    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count)
+    count, machines = _num_ranks(spec), _settings(spec).get("machines", 1)
+    here = count // machines
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // here)
     options = {
         "num_processes": count,
-        "num_machines": 1,
         "num_cpu_threads_per_process": threads,
         "mixed_precision": "no",  # the trainer asks for the recipe's
         "dynamo_backend": "no",
-        "main_process_port": 0,  # a free one
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    # --multi_gpu means torchrun; without GPUs the trainer's Accelerator chooses gloo
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *words]
-    ranks = subprocess.run(
-        [*launcher, "-m", "stages.launch", spec_path, "0"],
-        stdin=subprocess.DEVNULL,
-        stdout=progress.stream.fileno(),
-    )
-    if ranks.returncode != 0:
-        progress.tell(
-            "error",
-            kind="StageKilled",
-            message=f"one of the {count} training processes was killed, or died without a word "
-            f"(out of memory?); the log says which. Run it again to go on from its checkpoint.",
-            traceback="",
+    with call_for_machines(spec, machines) as meeting:
+        if meeting.note:
+            progress.note(meeting.note)
+        words = [f"--{name}={value}" for name, value in (options | meeting.options).items()]
+        # --multi_gpu means torchrun; without GPUs the trainer's Accelerator chooses gloo
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *words]
+        ranks = subprocess.run(
+            [*launcher, "-m", "stages.launch", spec_path, "0"],
+            stdin=subprocess.DEVNULL,
+            stdout=progress.stream.fileno(),
         )
+    if ranks.returncode != 0:
+        progress.tell("error", **_lost_rank(count))
+    elif meeting.rank:  # the first machine has told the rest
+        progress.tell("done", text="", numbers={}, peak=0)
     return ranks.returncode
+
+
+def _lost_rank(count: int) -> dict[str, str]:
+    message = (
+        f"one of the {count} training processes was killed, or died without a word (out of "
+        f"memory?); the log says which. Run it again to go on from its checkpoint."
+    )
+    return {"kind": "StageKilled", "message": message, "traceback": ""}
 
 
 def _make_handed(spec: Spec, progress: _LineProgress) -> Summary:
@@ -270,13 +283,16 @@ def main(words: Sequence[str] | None = None) -> int:
             logging.getLogger(room).setLevel(level)
         log.info("process %d", os.getpid())
         if _num_ranks(spec) > 1 and rank is None:
-            return _lead_ranks(_num_ranks(spec), arguments.spec, progress)
+            return _lead_ranks(spec, arguments.spec, progress)
         if arguments.shards:
             summary = _make_handed(spec, progress)
         else:
             summary = execute(spec, progress, keep_fds=arguments.keep_fd)
     except Exception as error:
         told = told_error(error, traceback.format_exc())
+        if rank is not None and is_lost_peer(error):  # on another machine: here it goes unnoticed
+            log.info("the others are gone: %s", str(error).partition("\n")[0])
+            told = _lost_rank(_num_ranks(spec))
         if progress.rank or (rank is not None and told["kind"] not in USER_ERRORS):
             sleep(GRACE_S)  # another rank's death, or what rank 0 finds too, is better told first
         progress.tell("error", **told)

@@ -27,6 +27,9 @@ class RunConfig(Section):
     """Processes on this machine: of a training, which share every update (through accelerate), and
     of painting, labelling and refining, which each make whole shards. The n-th takes the n-th
     GPU."""
+    machines: Annotated[int, NOT_IN_KEY] = Field(1, gt=0)
+    """Machines that share every update of a training, `processes` processes each. This one leads;
+    on each of the others runs `python -m stages.join ARTIFACTS --machine N`."""
     engine: Annotated[Literal["local", "ray"], NOT_IN_KEY] = "local"
     """Who paints, labels and refines: processes of this machine, or the nodes of a running Ray
     cluster (found by RAY_ADDRESS), one task per shard with one GPU or core each. All nodes must see

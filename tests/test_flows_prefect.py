@@ -3,20 +3,25 @@
 pytest -m "prefect and not faults" tests/test_flows_prefect.py
 """
 
+import importlib
 import json
 import shutil
 import socket
 import time
 import urllib.error
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from flows.gpus import count_gpus, wants_gpu
+from flows.gpus import count_gpus, gpus_taken, own_gpus, wants_gpu
 from flows.outputs import problems_of
+from flows.recipes import load_recipe
 from flows.steps import StageError
 from flows.store import Store
+from stages.contracts import CONTRACTS
+from stages.launch import RANKED_VERBS
 from tests import toy_pipeline
 from tests.prefect_server import PASSWORD, Prefect, end, until
 
@@ -335,6 +340,36 @@ def test_a_missing_gpu_limit_names_the_command_that_makes_it(prefect, whole_run)
     assert "`make deploy` makes it" in done.stdout
 
 
+TWO_GPUS = """
+import sys
+from prefect.client.orchestration import get_client
+from flows import prefect_flow
+from flows.runs import arrange
+prefect_flow.GPU_LIMIT = "two-gpus"
+with get_client(sync_client=True) as client:
+    client.upsert_global_concurrency_limit_by_name("two-gpus", limit=2)
+    for processes in (1, 2, 3):
+        engine, _ = arrange(recipe=sys.argv[1], artifacts=sys.argv[2],
+                            overrides=["run.device=cuda", f"run.processes={processes}"])
+        desk = prefect_flow._Desk(engine)
+        for stage in ("write_prompts", "refine", "train_source", "report"):
+            with desk._slots({"stage": stage}):
+                held = client.read_global_concurrency_limit_by_name("two-gpus").active_slots
+            print(stage, processes, held)
+"""
+
+
+def test_a_stage_holds_a_slot_for_every_gpu_it_computes_on(prefect, tmp_path):
+    done = prefect.command("-c", TWO_GPUS, RECIPE, str(tmp_path))
+    held = dict.fromkeys(["write_prompts 1", "refine 1", "train_source 1"], 1)
+    held |= {"report 1": 0, "write_prompts 2": 1, "refine 2": 2, "train_source 2": 2}
+    held |= {"report 2": 0, "write_prompts 3": 1}
+    told = [f"{what} {count}" for what, count in held.items()]
+    assert [line for line in done.stdout.splitlines() if line in told] == told, done.stdout
+    assert "run.processes is 3, but this Prefect server's limit 'two-gpus'" in done.stdout
+    assert "`python -m flows.deploy --gpus 3`" in done.stdout
+
+
 def test_the_server_listens_on_loopback_alone(prefect):
     members = [psutil.Process(prefect.server.pid)]
     members += members[0].children(recursive=True)
@@ -410,6 +445,51 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, visible, count):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert count_gpus(tmp_path) == count
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "count"),
+    [
+        ("train_source", {}, 4),
+        ("train_source", {"run.engine": "ray"}, 4),
+        ("synthesize", {}, 4),
+        ("synthesize", {"run.engine": "ray"}, 1),
+        ("evaluate", {}, 1),
+        ("select", {}, 0),
+        ("select", {"select.clip": "builtin:miniature"}, 1),
+        ("prepare", {}, 0),
+        ("refine", {"run.device": "cpu"}, 0),
+    ],
+)
+def test_a_stage_takes_a_gpu_per_process_that_computes(stage, overrides, count):
+    settings = {"run.device": "cuda", "run.processes": 4} | overrides
+    recipe = load_recipe(RECIPE, [f"{key}={value}" for key, value in settings.items()])
+    (contract,) = [contract for contract in CONTRACTS if contract.name == stage]
+    assert gpus_taken(contract, recipe) == count
+
+
+def test_runs_beside_each_other_see_gpus_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for number in range(3):
+        (tmp_path / f"nvidia{number}").touch()
+    own = partial(own_gpus, devices=tmp_path, locks=tmp_path)
+    with own(2) as first, own(1) as second, own(1) as third:
+        assert first == {"CUDA_VISIBLE_DEVICES": "0,1"}
+        assert second == {"CUDA_VISIBLE_DEVICES": "2"}
+        assert third == {}, "none is free: as if nobody had chosen"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a1,2")
+    with own(1) as first, own(1) as second:
+        assert (first | second, first) == (
+            {"CUDA_VISIBLE_DEVICES": "2"},
+            {"CUDA_VISIBLE_DEVICES": "GPU-a1"},
+        )
+
+
+def test_what_processes_share_is_what_the_stages_can_share():
+    shared = {contract.verb: contract.shared for contract in CONTRACTS}
+    assert {verb for verb, what in shared.items() if what == "updates"} == RANKED_VERBS
+    sharded = {verb for verb in shared if hasattr(importlib.import_module(verb), "shards")}
+    assert {verb for verb, what in shared.items() if what == "shards"} == sharded
 
 
 def test_an_automatic_device_is_a_gpu_only_where_one_is_visible(monkeypatch):
