@@ -1,13 +1,14 @@
 """A million pictures through the real engine: what planning costs, and what lies on the disk.
 
-    python tests/benchmarks/scale.py [--json] [--most 1000000]
+    python tests/benchmarks/scale.py [--json] [--sizes 10000 100000 1000000] [--folder DIR --keep]
 
 Two stages of stub work, shards of 1000: one writes pictures of a few bytes, the next a label for
-each. Sizes 10k, 100k and 1M, each in a process of its own: seconds (of the clock, and of the CPU)
+each. Every size in a process of its own: seconds (of the clock, and of the CPU)
 and peak memory of a run, of `plan` when all is done, and with one shard damaged; entries per
 folder; bytes of the manifest. `growth` sets CPU seconds and bytes per picture at the largest size
 against those at the smallest: 1 is linear.
-A million pictures take about 9 GB of disk and 2.1 million inodes, which are freed afterwards.
+A million pictures take about 9 GB of disk and 2.1 million inodes. Removing them can take as long as
+the rest: `--keep` leaves them in `--folder`, a disk of its own that is then thrown away.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def child(verb: str, root: Path, count: int) -> dict:
     return json.loads(done.stdout)
 
 
-def measure(count: int, folder: Path) -> dict:
+def measure(count: int, folder: Path, *, keep: bool) -> dict:
     """One size: run, plan, damage, plan."""
     root = folder / str(count)
     made = child("run", root, count)
@@ -81,8 +82,22 @@ def measure(count: int, folder: Path) -> dict:
         "entries_in_artifact": len(os.listdir(artifact)),
         "entries_in_shard": len(os.listdir(victim.parent)),
     }
-    shutil.rmtree(root)
+    if not keep:
+        shutil.rmtree(root)
     return found
+
+
+def told(row: dict) -> str:
+    """A size in words."""
+    return (
+        f"{row['pictures']:>9} pictures, {row['shards']} shards: run {row['run_s']:.1f} s "
+        f"(CPU {row['run_cpu_s']:.1f} s, {row['run_peak_bytes'] / 2**20:.0f} MiB), plan "
+        f"{row['plan_s']:.3f} s (CPU {row['plan_cpu_s']:.3f} s, "
+        f"{row['plan_peak_bytes'] / 2**20:.0f} MiB), with a damaged shard "
+        f"{row['plan_damaged_s']:.3f} s; manifest {row['manifest_bytes'] / 1024:.0f} KiB, "
+        f"{row['entries_in_artifact']} entries in the artifact, at most "
+        f"{row['entries_in_shard']} in a shard"
+    )
 
 
 def main() -> None:
@@ -90,12 +105,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", default="cpu", help="not used: the work is a stub")
-    parser.add_argument("--most", type=int, default=SIZES[-1], help="largest number of pictures")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of pictures")
     parser.add_argument("--folder", help="where to write; default: the system's temporary folder")
+    parser.add_argument("--keep", action="store_true", help="leave what was written (in --folder)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        sizes = [size for size in SIZES if size <= arguments.most]
-        rows = [measure(size, Path(folder)) for size in sizes]
+    if arguments.keep and not arguments.folder:
+        parser.error("--keep needs --folder: where to leave what was written")
+    rows = []
+    folder = Path(tempfile.mkdtemp(prefix="scale-", dir=arguments.folder))
+    try:
+        for size in arguments.sizes:
+            rows.append(measure(size, folder, keep=arguments.keep))
+            if not arguments.json:
+                print(told(rows[-1]), flush=True)
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder)
     first, last = rows[0], rows[-1]
     grown = last["pictures"] / first["pictures"]
     growth = {
@@ -105,16 +130,6 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"rows": rows, "growth": growth}, indent=1))
         return
-    for row in rows:
-        print(
-            f"{row['pictures']:>9} pictures, {row['shards']} shards: run {row['run_s']:.1f} s "
-            f"(CPU {row['run_cpu_s']:.1f} s, {row['run_peak_bytes'] / 2**20:.0f} MiB), plan "
-            f"{row['plan_s']:.3f} s (CPU {row['plan_cpu_s']:.3f} s, "
-            f"{row['plan_peak_bytes'] / 2**20:.0f} MiB), with a damaged shard "
-            f"{row['plan_damaged_s']:.3f} s; manifest {row['manifest_bytes'] / 1024:.0f} KiB, "
-            f"{row['entries_in_artifact']} entries in the artifact, at most "
-            f"{row['entries_in_shard']} in a shard"
-        )
     print(f"growth per picture, {last['pictures']} against {first['pictures']}: {growth}")
 
 
