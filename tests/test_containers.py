@@ -247,6 +247,25 @@ def test_prefects_own_kubernetes_worker_takes_the_job():
     assert len(made.job_manifest["spec"]["template"]["spec"]["volumes"]) == 4
 
 
+def test_kubernetes_own_schema_takes_the_job_as_the_worker_submits_it():
+    validator = pytest.importorskip("kubernetes_validate", reason="make test-containers has it")
+    worker = pytest.importorskip(
+        "prefect_kubernetes.worker", reason="no prefect-kubernetes: pip install '.[kubernetes]'"
+    )
+    from prefect.client.schemas.objects import Flow, FlowRun
+
+    made = worker.KubernetesWorkerJobConfiguration(**job_of("kubernetes", gpu_count=1))
+    flow = Flow(name="clouds")
+    made.prepare_for_flow_run(FlowRun(name="tiny: all", flow_id=flow.id), flow=flow)
+    pod = made.job_manifest["spec"]["template"]["spec"]
+    for name in ("parallelism", "completions"):  # misplaced by Prefect's template; servers drop it
+        assert pod.pop(name) == 1
+    validator.validate(made.job_manifest, validator.latest_version(), strict=True)
+    pod["containers"][0]["volumeMounts"][0]["mountPat"] = "/elsewhere"
+    with pytest.raises(validator.ValidationError, match="mountPat"):
+        validator.validate(made.job_manifest, validator.latest_version(), strict=True)
+
+
 def test_prefects_own_docker_worker_takes_the_job():
     worker = pytest.importorskip(
         "prefect_docker.worker", reason="no prefect-docker: pip install '.[docker]'"

@@ -6,6 +6,7 @@ the table of all that was tried, with where it stands and what is done again; of
 nothing is ever lost.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -16,9 +17,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from flows.outputs import problems_of
+from flows.runs import arrange
+from flows.steps import StageError
 from flows.store import Store
+from stages.contracts import CONTRACTS
+from tests.toy_pipeline import Ears, in_process
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "flows/clouds.py", "--recipe", "tiny"]
@@ -31,9 +37,11 @@ FAULTS = (
     ("Ctrl-C, SIGTERM", "faults", "test_a_stop_in_the_middle_of_training_is_calm", STEPS),
     ("kill -9 of the flow, or Prefect's worker", "flows_prefect", "test_after_kill_9_of_a", STEPS),
     ("Prefect's server dies", "flows_prefect", "test_a_run_outlives_its_server", "nothing"),
+    ("Prefect's database restarts", "postgres", "test_the_database_restarts_in_the", "nothing"),
     ("kill -9 of a stage's process", "flows_engine", "test_a_child_that_is_killed", SHARD),
     ("its parent dies", "stages_launch", "test_group_ends_when_its_parent_is_killed", SHARD),
     ("kill -9 of a training's rank", "stages_ranks", "test_a_killed_rank_ends_the_stage", STEPS),
+    ("kill -9 of one machine's rank", "stages_machines", "test_a_machine_killed_in_the", STEPS),
     ("kill -9 of a worker process", "stages_crew", "test_a_lost_workers_shard_is_made", SHARD),
     ("kill -9 of their coordinator", "stages_crew", "test_workers_end_with_their", SHARD),
     ("a Ray node dies", "ray", "test_a_node_killed_in_the_middle_changes_nothing", SHARD),
@@ -46,14 +54,17 @@ FAULTS = (
     ("disk full at any point", "faults_disk", "test_a_disk_that_is_full_at_any_point", SHARD),
     ("disk full at a checkpoint", "faults_disk", "test_a_checkpoint_that_found_no_room", STEPS),
     ("a file system that cannot lock", "faults_disk", "test_a_file_system_that_will", "nothing"),
+    ("a power cut in a shard", "faults_disk", "test_a_shard_is_on_the_disk_before", SHARD),
     ("files missing, truncated, altered", "flows_engine", "test_damage_is_named_and_only", SHARD),
     ("a manifest altered", "flows_engine", "test_damage_is_named_and_only", "its stage"),
-    ("a checkpoint truncated", "stages_training", "test_truncated_checkpoint_falls_back", STEPS),
+    ("a checkpoint truncated, altered", "stages_training", "test_damaged_checkpoint_falls", STEPS),
     ("a painted picture truncated", "stages_synthesize", "test_a_truncated_picture", SHARD),
+    ("a data set's file truncated", "stages_prepare", "test_corrupt_files_are_named", "nothing"),
     ("out of memory: painting", "stages_synthesize", "test_a_batch_that_does_not_fit", "nothing"),
     ("... labelling", "stages_pseudo_label", "test_a_batch_that_does_not_fit_into", "nothing"),
     ("... refining", "stages_refine", "test_a_batch_that_does_not_fit_into", "nothing"),
-    ("... any other stage", "flows_engine", "test_want_of_memory_says_what_helps", STEPS),
+    ("... every stage, for good", "faults", "test_a_stage_without_memory_says_what", SHARD),
+    ("... told by torch or the system", "flows_engine", "test_want_of_memory_says", "nothing"),
 )
 """What happens, tests/test_<file>.py, the test's first words, what is done again."""
 
@@ -168,3 +179,45 @@ def test_two_workers_paint_label_and_refine_what_one_process_does(tmp_path, undi
     assert process.returncode == 0, output
     assert sum("cached" not in line for line in output.splitlines() if "[" in line) == 3, output
     assert digests(tmp_path / "artifacts") == expected
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", [contract.name for contract in CONTRACTS if contract.numeric])
+def test_a_stage_without_memory_says_what_needs_less_and_goes_on_when_there_is_some(
+    tmp_path, monkeypatch, undisturbed, stage
+):
+    _, _, done = undisturbed
+    shutil.copytree(done, tmp_path / "artifacts", symlinks=True)
+    overrides = [LEGS, "write_prompts.model=builtin:writer"] if stage == WRITER else [LEGS]
+    given = {"recipe": "tiny", "artifacts": str(tmp_path / "artifacts"), "overrides": overrides}
+    engine, selected = arrange(**given)
+    instance = next(instance for instance in selected if instance.stage == stage)
+    heard = {"listener": Ears(), "execute": in_process}
+    expected = engine.run_one(instance, **heard).artifact.manifest["digest"]
+    engine, _ = arrange(**given, force=[stage])
+    with monkeypatch.context() as patched:
+        for kind in (torch.nn.Linear, torch.nn.Conv2d):
+            patched.setattr(kind, "forward", full_after(40, kind.forward))
+        with pytest.raises(StageError, match="memory does not suffice") as caught:
+            engine.run_one(instance, **heard)
+    assert caught.value.user
+    assert instance.contract.saves_memory.split(", ")[0] in str(caught.value)
+    again = engine.run_one(instance, **heard)
+    assert not again.cached
+    assert again.artifact.manifest["digest"] == expected
+
+
+WRITER = "write_prompts"
+"""The tiny recipe has a prompt bank in its place."""
+
+
+def full_after(calls: int, forward):
+    """A layer's `forward` that finds no memory any more after so many calls."""
+    count = itertools.count(1)
+
+    def layer(self, *inputs):
+        if next(count) > calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, *inputs)
+
+    return layer

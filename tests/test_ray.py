@@ -41,7 +41,7 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "500",
-            "RAY_health_check_failure_threshold": "4",
+            "RAY_health_check_failure_threshold": "20",  # a busy machine is not dead
             "TOY_PAUSE_S": str(PAUSE_S),
         }
         self.logs = folder
@@ -71,7 +71,7 @@ class Cluster:
             f"import ray; ray.init('{self.address}', log_to_driver=False, logging_level='error'); "
             "print(sum(node['Alive'] for node in ray.nodes()))"
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             done = subprocess.run(
                 [sys.executable, "-c", code], env=self.env, capture_output=True, text=True
@@ -135,13 +135,13 @@ def test_a_node_killed_in_the_middle_changes_nothing(tmp_path, two_nodes, expect
     heard = []
     run = threading.Thread(target=lambda: heard.append(make(tmp_path, 1, engine="ray")))
     run.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (held := held_by(tmp_path, node)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     two_nodes.kill(node)
     assert (lost := held[0]).is_dir(), "it was in the middle of a shard"
-    run.join(timeout=300)
+    run.join(timeout=900)
     assert heard, "the run has ended well"
     assert heard[0].done == COUNT
     assert shards_of(tmp_path) == expected
@@ -194,12 +194,12 @@ def test_a_run_without_a_cluster_says_how_to_start_one(tmp_path, monkeypatch):
 def test_real_stages_over_two_nodes_leave_the_same_artifacts(tmp_path, two_nodes):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     process = start(alone, "--until", "refine")
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output
     shutil.copytree(alone, shared, symlinks=True)
     words = ["--from", SHARED[0], "--until", SHARED[-1], "--set", "run.engine=ray"]
     process = start(shared, *words, *(f"--force={name}" for name in SHARED))
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output
     assert "2 Ray nodes share" in output
     assert digests(shared) == digests(alone)

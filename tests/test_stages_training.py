@@ -304,12 +304,19 @@ def steps_logged(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def test_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path):
+def flipped(data: bytes) -> bytes:
+    """The same size, one bit of the middle altered."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], flipped])
+def test_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, damage):
     first = trainer_of(small_network(), tmp_path, objective=interrupted(regression, 9))
     with pytest.raises(Interrupt):
         first.run(Told())
     newest = tmp_path / "state" / "step-00000008.pt"
-    newest.write_bytes(newest.read_bytes()[:-100])
+    newest.write_bytes(damage(newest.read_bytes()))
     second, told = trainer_of(small_network(), tmp_path), Told()
     second.run(told)
     assert any("step-00000008.pt is truncated or altered" in note for note in told.notes)
