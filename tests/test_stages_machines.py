@@ -71,9 +71,9 @@ def test_two_machines_with_half_a_batch_each_equal_one_with_all(
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5)
     assert not (out / CARD).exists()
     said = tmp_path / "said"
-    until(lambda: "train_source: done" in said.read_text(), timeout_s=60)
+    until(lambda: "train_source: done" in said.read_text(), timeout_s=600)
     second_machine.send_signal(signal.SIGINT)
-    assert second_machine.wait(timeout=60) == 130
+    assert second_machine.wait(timeout=120) == 130
     assert "train_source: joins 127.0.0.1:" in said.read_text()
 
 
