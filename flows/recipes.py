@@ -17,6 +17,14 @@ RECIPES_DIR = Path(__file__).parent / "recipes"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+_SHAPES = {
+    "tuple_type": "expected a list, [...] or one `- ...` a line",
+    "dict_type": "expected `name: value` pairs",
+    "model_type": "expected a section of `name: value` pairs",
+}
+"""What pydantic calls by names of Python."""
+
+
 class ConfigError(ValueError):
     """A mistake in a recipe or override: the message gives value, place and way out."""
 
@@ -153,7 +161,7 @@ def _explain(item: Mapping[str, Any], model: type[BaseModel]) -> str:
     if item["type"] == "value_error":
         where = f"{dotted}: " if dotted else ""
         return f"{where}{item['ctx']['error']}."
-    message = item["msg"][0].lower() + item["msg"][1:]
+    message = _SHAPES.get(item["type"]) or item["msg"][0].lower() + item["msg"][1:]
     return f"{dotted} = {item.get('input')!r}: {message}."
 
 
@@ -188,7 +196,9 @@ def _read(name: str, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections, this is a {type(tree)}.")
+        raise ConfigError(
+            f"{path}: a recipe is a mapping of sections, this is a {type(tree).__name__}."
+        )
     bases = tree.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

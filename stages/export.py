@@ -43,9 +43,14 @@ def run(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a package is missing, the network has no graph, or the graph disagrees.
+        ValueError: a package is missing, `out` is a folder, the network has no graph, or the
+            graph disagrees.
     """
     _check_packages()
+    if out.is_dir():
+        raise ValueError(
+            f"{out} is a folder: name the file to write, {out / 'street.onnx'} (--out)."
+        )
     description = describe_checkpoint(model)
     space = space_of(description["label_space"], description["class_names"], labels)
     progress.start(3, "steps")

@@ -67,8 +67,13 @@ def run(
 
     Raises:
         FileNotFoundError: an input or the checkpoint is not there.
+        NotADirectoryError: `out` is a file.
         ValueError: nothing to predict, unsuitable settings, or one picture exceeds the memory.
     """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(
+            f"{out} is a file: predictions need a folder of their own (--out)."
+        )
     # 1. What there is, what of it is done, and whether the settings fit the model.
     sources = find_sources(inputs, out=out)
     description = describe_checkpoint(model)

@@ -18,5 +18,9 @@ class Section(BaseModel):
     """A frozen, keyword-only section; unknown keys are errors, docstrings become descriptions."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )

@@ -30,6 +30,14 @@ class AugmentConfig(Section):
     """Draw another crop (up to 10 times) while one class fills more than this share of the
     labelled pixels."""
 
+    @model_validator(mode="after")
+    def _smallest_first(self) -> Self:
+        if self.scale_min > self.scale_max:
+            raise ValueError(
+                f"scale_min {self.scale_min:g} is above scale_max {self.scale_max:g}: set both"
+            )
+        return self
+
 
 class OptimiserConfig(Section):
     """AdamW and its schedule."""

@@ -119,6 +119,11 @@ def test_mistakes_of_an_export_are_explained(tmp_path, capsys, words, said):
     assert not (tmp_path / "street.onnx").exists()
 
 
+def test_a_folder_in_place_of_the_file_is_told_before_the_work(tmp_path, capsys):
+    assert export(save_checkpoint(tmp_path / "model"), tmp_path) == 2
+    assert f"{tmp_path} is a folder: name the file" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("stages.export.NEEDED", ("onnx", "no_such_package"))
     model = save_checkpoint(tmp_path / "model")

@@ -237,6 +237,13 @@ def test_no_folder_is_made_for_pictures_that_cannot_be_read(model, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_told_before_the_work(model, tmp_path, capsys):
+    path = tmp_path / "out"
+    path.touch()
+    assert command(pictures(tmp_path / "in", 1), "--model", model, "--out", path) == 2
+    assert "out is a file: predictions need a folder" in capsys.readouterr().err
+
+
 def test_a_video_without_frames_is_refused_by_name(model, tmp_path, capsys):
     path = tmp_path / "none.mp4"
     with av.open(str(path), "w") as container:
