@@ -86,8 +86,9 @@ def match(
             for here in places
         ]
     ).to(labels_BHW.device)
+    size = tuple(predictions[0].masks_BQHW.shape[-2:])
     there = [
-        look_at(labels_BHW, drawn_BP2, columns_BC, num_classes, ignore_B)
+        look_at(labels_BHW, drawn_BP2, columns_BC, num_classes, ignore_B, mask_size=size)
         for drawn_BP2 in points_DBP2
     ]
 
@@ -124,6 +125,8 @@ class Shares(NamedTuple):
     """Share of each of a picture's classes."""
     valid_BP1: torch.Tensor | None
     """Share of what counts; None: all does."""
+    around: tuple[torch.Tensor, torch.Tensor] | None
+    """On a CPU: the four pixels of a mask around each point and their weights, both [B, P, 4]."""
 
 
 def look_at(
@@ -132,6 +135,8 @@ def look_at(
     columns_BC: torch.Tensor,
     num_classes: int,
     ignore_B: torch.Tensor | None,
+    *,
+    mask_size: tuple[int, int],
 ) -> Shares:
     """The shares of the classes `columns_BC` (K: padding) at points."""
     shares_BKP = sample_label_shares(labels_BHW, points_BP2, num_classes)
@@ -140,7 +145,11 @@ def look_at(
     if ignore_B is not None:
         labelled_BP1 = shares_BKP[:, :-1].sum(1)[..., None]
         valid_BP1 = torch.where(ignore_B[:, None, None], labelled_BP1, 1)
-    return Shares(shares_BKP.gather(1, rows), valid_BP1)
+    around = None
+    if labels_BHW.device.type == "cpu":
+        pixels, weights = zip(*corners(points_BP2, *mask_size), strict=True)
+        around = torch.stack(pixels, 2), torch.stack(weights, 2)
+    return Shares(shares_BKP.gather(1, rows), valid_BP1, around)
 
 
 def matching_costs(
@@ -185,9 +194,9 @@ class PointSums(NamedTuple):
 
 def point_sums(masks_BQHW: torch.Tensor, points_BP2: torch.Tensor, there: Shares) -> PointSums:
     """Compare every mask with every class at points."""
-    if masks_BQHW.device.type == "cpu":
+    if there.around is not None:
         valid = [None] * len(masks_BQHW) if there.valid_BP1 is None else there.valid_BP1[..., 0]
-        images = zip(masks_BQHW, points_BP2, there.targets_BCP, valid, strict=True)
+        images = zip(masks_BQHW, *there.around, there.targets_BCP, valid, strict=True)
         found = [point_sums_by_rows(*image) for image in images]
         return PointSums(*(torch.stack(column) for column in zip(*found, strict=True)))
     logits_BQP = sample_masks(masks_BQHW, points_BP2)
@@ -208,7 +217,8 @@ def point_sums(masks_BQHW: torch.Tensor, points_BP2: torch.Tensor, there: Shares
 
 def point_sums_by_rows(
     masks_QHW: torch.Tensor,
-    points_P2: torch.Tensor,
+    pixels_P4: torch.Tensor,
+    weights_P4: torch.Tensor,
     targets_CP: torch.Tensor,
     valid_P: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -216,18 +226,15 @@ def point_sums_by_rows(
 
     Some points at a time, so that what is in between stays in the cache.
     """
-    Q, H, W = masks_QHW.shape
+    Q, P = len(masks_QHW), len(pixels_P4)
     rows_NQ = masks_QHW.flatten(1).T.contiguous()
-    index_P4, weight_P4 = (
-        torch.cat(parts).T for parts in zip(*corners(points_P2[None], H, W), strict=True)
-    )
-    step = rows_at_once(masks_QHW.device, len(points_P2), Q)
+    step = rows_at_once(masks_QHW.device, P, Q)
     entropy_Q, covered_Q = masks_QHW.new_zeros(2, Q)
     inside_CQ, overlap_CQ = masks_QHW.new_zeros(2, len(targets_CP), Q)
-    for start in range(0, len(points_P2), step):
+    for start in range(0, P, step):
         here = slice(start, start + step)
         logits_PQ = F.embedding_bag(
-            index_P4[here], rows_NQ, mode="sum", per_sample_weights=weight_P4[here]
+            pixels_P4[here], rows_NQ, mode="sum", per_sample_weights=weights_P4[here]
         )
         probabilities_PQ, entropy_PQ = logits_PQ.sigmoid(), F.softplus(logits_PQ)
         for total_Q, values_PQ in ((entropy_Q, entropy_PQ), (covered_Q, probabilities_PQ)):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from models.config import LossConfig
 from models.decoder import Prediction
 from models.losses import SetCriterion, pixel_loss
-from models.matching import find_targets
+from models.matching import find_targets, look_at, point_sums
 from models.points import draw_points, sample_label_shares, sample_masks, smallest
 from models.segmenter import SegmenterOutput
 
@@ -131,6 +131,23 @@ def test_matches_are_the_cheapest_of_all_assignments(unlabelled):
                     ),
                 )
                 assert queries_T[targets.of_image(image)].tolist() == list(cheapest)
+
+
+@pytest.mark.parametrize("ignored", [None, [True, False]])
+def test_masks_gathered_point_by_point_cost_what_sampled_ones_do(ignored, monkeypatch):
+    # some points at a time, as at true size
+    monkeypatch.setattr("models.points.CACHED_VALUES", 70)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 4, (2, 24, 30), dtype=torch.uint8)
+    labels[:, :5] = 255
+    masks, points = 3 * torch.randn(2, 7, 9, 11), torch.rand(2, 50, 2)
+    columns = torch.tensor([[0, 1, 2, 3], [1, 3, 4, 4]])
+    ignore = None if ignored is None else torch.tensor(ignored)
+    there = look_at(labels, points, columns, 4, ignore, mask_size=(9, 11))
+    gathered = point_sums(masks, points, there)
+    sampled = point_sums(masks, points, there._replace(around=None))
+    for ours, theirs in zip(gathered, sampled, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_losses_depend_on_seeds_and_on_nothing_else():
