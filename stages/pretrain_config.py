@@ -38,11 +38,11 @@ class PretrainSamConfig(PretrainSection):
 
     steps: int = Field(6_000, gt=0)
     """Updates."""
-    lr: float = Field(1.2e-3, gt=0)
+    lr: float = Field(1.0e-3, gt=0)
     """Learning rate of AdamW after the warm-up."""
     warmup_steps: int = Field(60, ge=0)
     """Linear warm-up."""
-    decay_share: float = Field(0.48, gt=0, le=1)
+    decay_share: float = Field(0.6, gt=0, le=1)
     """Last share of the steps, over which the learning rate falls linearly to nought."""
     batch_size: int = Field(8, gt=0)
     """Pictures per update."""
@@ -51,7 +51,7 @@ class PretrainSamConfig(PretrainSection):
     kinds: int = Field(2, gt=0)
     """Prompt types per update; the pictures are shared out among them, and prompts of one type are
     decoded together."""
-    padded: float = Field(0.15, ge=0, le=1)
+    padded: float = Field(0.1, ge=0, le=1)
     """Share of the updates that see the padding below the pictures, as `SamPredictor` will; the
     others leave it out, for half the work."""
     start: str | None = None

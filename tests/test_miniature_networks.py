@@ -125,8 +125,7 @@ def test_segmenter_is_built_on_the_shipped_tower(clip):
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-# Several points drawn from a noisy mask do not gain yet: see the card.
-@pytest.mark.parametrize("kind", ["point", "box", "mask", "mask_points"])
+@pytest.mark.parametrize("kind", sam_lessons.PROMPT_TYPES)
 def test_sam_improves_on_prompts(sam, kind):
     pairs = []
     for seed in range(16):
@@ -136,7 +135,7 @@ def test_sam_improves_on_prompts(sam, kind):
         lesson = sam_lessons.make_lesson(picture, generator, num_prompts=4, kind=kind, clean=False)
         pairs += _judge(sam, lesson)
     own, ours = np.mean(pairs, axis=0)
-    assert ours > own
+    assert ours > own + 0.05
 
 
 def test_pipeline_loads_the_shipped_sam():
