@@ -15,6 +15,7 @@ from tests.benchmarks.flops import (
     painting_flops,
     training_flops,
 )
+from tests.benchmarks.reading import training_pictures, wanted
 from tests.benchmarks.recipe_cost import Bench, Cost, row_of
 from tests.benchmarks.synthesize import networks_like_sd21
 
@@ -100,3 +101,20 @@ def test_recipes_without_rounds_paint_nothing():
         "train_source",
         "recipe",
     ]
+
+
+def test_reading_is_set_against_what_training_takes(tmp_path):
+    recipe = load_recipe("clouds_convnext_l_gta5")
+    assert training_pictures(recipe) == {"train_source": 320_000, "self_train": 320_000}
+    rates = {"read_cityscapes": 10.0, "read_gta5": 12.0, "read_painted": 30.0}
+    rows = [{"name": name, "ours": rate} for name, rate in rates.items()]
+    measured = [
+        {"name": "train_source", "unit_s": 0.1, "extrapolated": False},
+        {"name": "self_train", "unit_s": 0.1, "extrapolated": True},
+    ]
+    (tmp_path / "costs.json").write_text(json.dumps(measured))
+    source, mixed = wanted(recipe, rows, tmp_path / "costs.json", hours=2)
+    assert (source["training_pictures_per_s"], source["training_cores"]) == (80.0, 8.0)
+    assert mixed["training_cores"] is None, "an extrapolated rate is none"
+    assert mixed["pictures_per_s_and_core"] == 12.0
+    assert mixed["pace_pictures_per_s"] == 88.9
