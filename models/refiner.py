@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
@@ -197,12 +197,12 @@ class Refiner(nn.Module):
             crop_n_layers=crop_layers,
             crop_n_points_downscale_factor=2,
         )
-        context = torch.autocast(self.sam.device.type, torch.bfloat16) if bf16 else nullcontext()
-        with context:
-            try:
-                found = generator.generate(image)
-            except IndexError:  # segment_anything, where no crop of a picture has any mask
-                found = []
+        if bf16:
+            generator.predictor = _RoundedPredictor(self.sam)
+        try:
+            found = generator.generate(image)
+        except IndexError:  # segment_anything, where no crop of a picture has any mask
+            found = []
         return from_large_to_small(found, min_area_px=min_area_px, size=image.shape[:2])
 
     def _encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -282,6 +282,18 @@ class Refiner(nn.Module):
             iou_PC=empty,
             index_PC=empty.long(),
         )
+
+
+class _RoundedPredictor(SamPredictor):
+    """Runs in bfloat16 autocast; answers in float32, of which the generator makes numpy arrays."""
+
+    def set_torch_image(self, *args: Any, **kwargs: Any) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            super().set_torch_image(*args, **kwargs)
+
+    def predict_torch(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return tuple(each.float() for each in super().predict_torch(*args, **kwargs))
 
 
 def from_large_to_small(

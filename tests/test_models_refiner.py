@@ -200,6 +200,16 @@ def test_bf16_is_near_fp32(refiner):
     assert (rounded.masks_PCHW == exact.masks_PCHW).float().mean() > 0.9
 
 
+def test_automatic_masks_in_bf16_are_near_those_in_fp32(refiner):
+    off = {"min_iou": 0.0, "min_stability": 0.0, "min_area_px": 0}
+    exact, rounded = (
+        refiner.everything(pictures()[1], points_per_side=1, crop_layers=0, bf16=bf16, **off)
+        for bf16 in (False, True)
+    )
+    assert len(exact) == len(rounded) > 0
+    assert (exact == rounded).mean() > 0.9
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_checkpoint_gives_back_its_masks(tmp_path, refiner, suffix):
     file = tmp_path / f"weights{suffix}"
