@@ -10,6 +10,7 @@ The released rule of CLOUDS stands in `models/masks.py`; here is ours:
 # P components, C candidate masks of each, H W picture size
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,14 +22,20 @@ from models.masks import Component, find_components
 class Agreement:
     """Thresholds of `agreement_rule`."""
 
-    min_iou: float = 0.5
+    min_score: float = 0.4
+    """Product of the two below, under which a mask is not used; as a share of the squared mean
+    confidence of its class."""
+    min_iou: float = 0.0
     """SAM's own estimate of a mask's IoU below which the mask is not used."""
-    min_agreement: float = 0.5
+    min_agreement: float = 0.0
     """IoU of mask and component below which the mask is not used."""
-    trust: float = 0.5
+    trust: float = 1.0
     """Mean confidence from which on a component without a usable mask keeps its labels."""
-    sure: float = 0.9
-    """Confidence from which on a pixel that its component's mask leaves out keeps its label."""
+    sure: float = 1.0
+    """Confidence from which on a pixel that belongs to no shape keeps its label."""
+    overlaps: Literal["front", "nobody"] = "nobody"
+    """Whose the pixels are that shapes of several classes claim: the smallest one's, which stands
+    in front; or nobody's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +92,27 @@ def agreement_rule(
     settings: Agreement,
     void: int = 255,
 ) -> Ruling:
-    """Use a mask only where SAM and the teacher agree on what it shows; settle by size.
+    """Use a mask only where SAM and the teacher agree on what it shows; keep classes in proportion.
 
-    1. Of a component's candidates the one with the highest (predicted IoU x IoU with the
-       component) is chosen; it is accepted if both reach their thresholds.
+    SAM is asked by points alone: if its mask comes near the component all the same, two witnesses
+    who do not know of each other say the same. (A rough mask tells SAM the answer, which it then
+    repeats.) Thin and rare classes agree less and the teacher is seldom sure of them: one threshold
+    for all would leave hardly any of them, and the student would unlearn them (miniature: labels
+    of higher accuracy, student 5 mIoU worse). So the threshold follows the class, as in
+    class-balanced self-training (Zou et al. 2018), but by one picture, so that pictures stay
+    independent of each other.
+
+    1. A candidate's score is (predicted IoU x IoU with the component). Of a component's candidates
+       the one with the highest score is chosen. It is accepted if the score is at least
+       `min_score` x (the teacher's mean confidence in the class, in this picture) squared, and both
+       factors reach thresholds of their own.
     2. A component without an accepted mask keeps its own shape, if the teacher's mean confidence
        in it is at least `trust`; else it is left out.
-    3. Shapes are painted from the largest component to the smallest, so that what is small and in
-       front stays (as SAM4UDASS paints its masks; Yan et al. 2023).
-    4. A labelled pixel that no shape covers keeps its label if the teacher is `sure` of it, else
-       it is undecided. That includes components that were too small for a prompt.
+    3. What shapes of several classes claim is nobody's; or, by `overlaps`, shapes are painted from
+       the largest component to the smallest, so that what is small and in front stays (as
+       SAM4UDASS paints its masks; Yan et al. 2023).
+    4. A labelled pixel that is nobody's keeps its label if the teacher is `sure` of it, else it is
+       undecided. That includes components that were too small for a prompt.
 
     No pixel gets a class that the label map does not hold.
 
@@ -107,25 +125,47 @@ def agreement_rule(
         settings: thresholds.
         void: label of undecided pixels.
     """
-    labels_HW = torch.from_numpy(label_map_HW.copy())
     order = sorted(range(len(components)), key=lambda p: _from_large_to_small(components[p]))
-    after_HW = labels_HW.masked_fill(torch.from_numpy(confidence_HW < settings.sure), void)
+    means = _class_means(label_map_HW, confidence_HW)
+    claimed_HW = torch.full(label_map_HW.shape, void, dtype=torch.uint8)
+    contested_HW = torch.zeros(label_map_HW.shape, dtype=torch.bool)
     num_accepted = num_trusted = 0
     for place in order:
         component = components[place]
         agreement_C = _agreement(component, masks_PCHW[place]).to(iou_PC.device)
         best = int((iou_PC[place] * agreement_C).argmax())
-        accepted = bool(
-            (iou_PC[place, best] >= settings.min_iou)
-            & (agreement_C[best] >= settings.min_agreement)
+        iou, agreement = float(iou_PC[place, best]), float(agreement_C[best])
+        accepted = (
+            iou * agreement >= settings.min_score * means[component.label] ** 2
+            and iou >= settings.min_iou
+            and agreement >= settings.min_agreement
         )
         if accepted:
-            after_HW.masked_fill_(masks_PCHW[place, best].cpu(), component.label)
+            shape_HW = masks_PCHW[place, best].cpu()
             num_accepted += 1
         elif _mean_inside(component, confidence_HW) >= settings.trust:
-            component.paint(after_HW.numpy(), component.label)
+            shape_HW = torch.zeros(label_map_HW.shape, dtype=torch.bool)
+            component.paint(shape_HW.numpy(), True)
             num_trusted += 1
-    return Ruling(label_HW=after_HW.numpy(), num_accepted=num_accepted, num_trusted=num_trusted)
+        else:
+            continue
+        contested_HW |= shape_HW & (claimed_HW != void) & (claimed_HW != component.label)
+        claimed_HW[shape_HW] = component.label
+    if settings.overlaps == "nobody":
+        claimed_HW[contested_HW] = void
+    sure_HW = np.where(confidence_HW >= settings.sure, label_map_HW, np.uint8(void))
+    return Ruling(
+        label_HW=np.where(claimed_HW.numpy() == void, sure_HW, claimed_HW.numpy()),
+        num_accepted=num_accepted,
+        num_trusted=num_trusted,
+    )
+
+
+def _class_means(label_map_HW: np.ndarray, confidence_HW: np.ndarray) -> np.ndarray:
+    """The teacher's mean confidence in each label of this picture, float [256]; 0 where absent."""
+    labels = label_map_HW.ravel()
+    sums = np.bincount(labels, weights=confidence_HW.ravel(), minlength=256)
+    return sums / np.maximum(np.bincount(labels, minlength=256), 1)
 
 
 def _from_large_to_small(component: Component) -> tuple[int, int, int, int]:

@@ -191,9 +191,9 @@ class SelectConfig(Section):
 class RefineConfig(Section):
     """Sharpen pseudo-labels with SAM."""
 
-    rule: Literal["released", "agreement", "majority", "guided", "stuff_things"] = "released"
-    """released: as CLOUDS published it, masks replace components; agreement: masks are used where
-    SAM and the teacher agree, small things stay, unsure pixels are left out; majority (SSA), guided
+    rule: Literal["released", "agreement", "majority", "guided", "stuff_things"] = "agreement"
+    """agreement: masks are used where SAM and the teacher agree, small things stay, unsure pixels
+    are left out; released: as CLOUDS published it, masks replace components; majority (SSA), guided
     (SAM4UDASS), stuff_things (SeCo): automatic masks, labelled by the teacher's labels in them."""
     model: str = "vit_h"
     """SAM variant (vit_b, vit_l, vit_h), "config" to read the sizes beside the weights, or "tiny":
@@ -205,21 +205,28 @@ class RefineConfig(Section):
     """Components must be larger than this many pixels (of the picture)."""
     points: int = Field(5, gt=0)
     """Random positive points per component."""
-    prompts: tuple[Literal["box", "mask"], ...] = ("mask",)
-    """agreement: what prompts SAM besides the points."""
+    prompts: tuple[Literal["box", "mask"], ...] = ()
+    """agreement: what prompts SAM besides the points; each tells it more of the teacher's answer."""
     floor_area: int = Field(64, ge=0)
     """agreement: components of any class must be larger than this many pixels."""
     class_share: float = Field(0.25, ge=0, le=1)
     """agreement: components up to `min_area` count if larger than this share of their class's
     largest one in the picture."""
-    min_iou: float = Field(0.5, ge=0, le=1)
+    min_score: float = Field(0.4, ge=0)
+    """agreement: product of the next two below which a mask is not used, as a share of the squared
+    mean confidence of its class in the picture: so classes of which the teacher is seldom sure,
+    thin and rare ones, stay in proportion."""
+    min_iou: float = Field(0.0, ge=0, le=1)
     """agreement: SAM's own estimate of a mask's IoU below which the mask is not used."""
-    min_agreement: float = Field(0.5, ge=0, le=1)
+    min_agreement: float = Field(0.0, ge=0, le=1)
     """agreement: IoU of mask and component below which the mask is not used."""
-    trust: float = Field(0.5, ge=0, le=1)
+    trust: float = Field(1.0, ge=0, le=1)
     """agreement: mean confidence from which on a component without a usable mask stays."""
-    sure: float = Field(0.9, ge=0, le=1)
-    """agreement: confidence from which on a pixel that no shape covers keeps its label."""
+    sure: float = Field(1.0, ge=0, le=1)
+    """agreement: confidence from which on a pixel that belongs to no shape keeps its label."""
+    overlaps: Literal["front", "nobody"] = "nobody"
+    """agreement: whose the pixels are that shapes of several classes claim: the smallest shape's,
+    which stands in front, or nobody's."""
     auto_points: int = Field(32, gt=0)
     """Automatic masks: point prompts along each side."""
     auto_min_iou: float = Field(0.86, ge=0, le=1)

@@ -396,7 +396,7 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="refine",
-        version=1,
+        version=2,
         verb="stages.refine",
         shared="shards",
         helper=True,

@@ -164,10 +164,12 @@ class Refinement:
             masks.masks_PCHW,
             masks.iou_PC,
             settings=Agreement(
+                min_score=section.min_score,
                 min_iou=section.min_iou,
                 min_agreement=section.min_agreement,
                 trust=section.trust,
                 sure=section.sure,
+                overlaps=section.overlaps,
             ),
             void=IGNORE,
         )

@@ -64,7 +64,7 @@ def test_perfect_labels_with_perfect_masks_are_unchanged(seed, confidence):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
 def test_no_pixel_gets_a_class_the_label_map_does_not_hold_and_order_does_not_matter(
-    seed, min_agreement, trust
+    seed, min_score, trust
 ):
     rng = np.random.default_rng(seed)
     labels = maps(seed)
@@ -73,7 +73,7 @@ def test_no_pixel_gets_a_class_the_label_map_does_not_hold_and_order_does_not_ma
     masks |= own_shapes(labels, components)
     iou = rng.random((len(components), 3))
     confidence = rng.random(labels.shape)
-    how = {"confidence": confidence, "min_agreement": min_agreement, "trust": trust, "sure": 0.8}
+    how = {"confidence": confidence, "min_score": min_score, "trust": trust, "sure": 0.8}
     ruling = ruled(labels, masks, iou, components=components, **how)
     assert set(np.unique(ruling.label_HW)) <= {*np.unique(labels), VOID}
     order = rng.permutation(len(components))
@@ -122,6 +122,8 @@ def test_of_three_candidates_the_one_that_both_like_best_is_used():
     ("settings_", "accepted", "trusted"),
     [
         ({}, 1, 0),
+        ({"min_score": 0.84 / 0.6**2}, 1, 0),
+        ({"min_score": 0.85 / 0.6**2}, 0, 1),
         ({"min_iou": 0.91}, 0, 1),
         ({"min_agreement": 0.99}, 0, 1),
         ({"min_iou": 0.91, "trust": 0.7}, 0, 0),
@@ -132,7 +134,8 @@ def test_a_mask_below_a_threshold_is_not_used(settings_, accepted, trusted):
     components = [c for c in find_components(labels, min_area_px=0) if c.label == 2]
     mask = np.zeros((1, 3, *SIZE), bool)
     mask[..., :20, 17:] = True
-    ruling = ruled(labels, mask, [[0.9] * 3], components=components, confidence=0.6, **settings_)
+    how = {"trust": 0.5} | settings_
+    ruling = ruled(labels, mask, [[0.9] * 3], components=components, confidence=0.6, **how)
     assert (ruling.num_accepted, ruling.num_trusted) == (accepted, trusted)
     assert (ruling.label_HW == 2).sum() == (15 * 20 if accepted else 16 * 20 if trusted else 0)
 
@@ -144,8 +147,34 @@ def test_what_is_small_stays_in_front_of_what_is_large():
     behind = components[0]
     assert behind.label == 1
     masks[0, :, 2:18, 8:11] = True  # the wall's mask covers the pole before it
-    ruling = ruled(labels, masks, np.ones((3, 3)), confidence=0.1)
+    ruling = ruled(labels, masks, np.ones((3, 3)), confidence=0.1, overlaps="front")
     assert np.array_equal(ruling.label_HW, labels)
+
+
+def test_pixels_that_shapes_of_several_classes_claim_may_be_nobodys():
+    labels = blocks()
+    components = find_components(labels, min_area_px=0)
+    masks = own_shapes(labels, components)
+    assert components[0].label == 1
+    masks[0, :, 2:18, 8:11] = True
+    how = {"overlaps": "nobody", "sure": 0.9}
+    ruling = ruled(labels, masks, np.ones((3, 3)), confidence=0.1, **how)
+    assert (ruling.label_HW[labels == 3] == VOID).all()
+    assert np.array_equal(ruling.label_HW[labels != 3], labels[labels != 3])
+    sure = ruled(labels, masks, np.ones((3, 3)), confidence=0.95, **how)
+    assert np.array_equal(sure.label_HW, labels)
+
+
+def test_classes_of_which_the_teacher_is_seldom_sure_need_less_agreement():
+    labels = blocks()
+    confidence = np.where(labels == 3, 0.4, 0.9)
+    components = [c for c in find_components(labels, min_area_px=0) if c.label in (2, 3)]
+    masks = own_shapes(labels, components)
+    iou = np.full((2, 3), 0.2)
+    ruling = ruled(labels, masks, iou, components=components, confidence=confidence, sure=1.0)
+    assert (ruling.label_HW[labels == 3] == 3).all()
+    assert not (ruling.label_HW == 2).any()
+    assert ruling.num_accepted == 1
 
 
 def test_pixels_that_no_shape_covers_keep_their_label_only_where_the_teacher_is_sure():
@@ -155,7 +184,8 @@ def test_pixels_that_no_shape_covers_keep_their_label_only_where_the_teacher_is_
     mask[..., :20, 20:] = True
     confidence = np.full(SIZE, 0.5)
     confidence[:10] = 0.95
-    ruling = ruled(labels, mask, [[0.9] * 3], components=components, confidence=confidence)
+    how = {"confidence": confidence, "sure": 0.9}
+    ruling = ruled(labels, mask, [[0.9] * 3], components=components, **how)
     shed = ruling.label_HW[:, 16:20]
     assert (shed[:10] == 2).all()
     assert (shed[10:] == VOID).all()
