@@ -206,7 +206,8 @@ class RefineConfig(Section):
     points: int = Field(5, gt=0)
     """Random positive points per component."""
     prompts: tuple[Literal["box", "mask"], ...] = ()
-    """agreement: what prompts SAM besides the points; each tells it more of the teacher's answer."""
+    """agreement: what prompts SAM besides the points; each tells it more of the teacher's
+    answer."""
     floor_area: int = Field(64, ge=0)
     """agreement: components of any class must be larger than this many pixels."""
     class_share: float = Field(0.25, ge=0, le=1)

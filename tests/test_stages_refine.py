@@ -48,8 +48,8 @@ def inputs(tmp_path_factory):
 
 def refined(out, inputs, *, progress=None, seed=0, **section):
     out.mkdir(exist_ok=True)
-    how = {"model": "tiny", "rule": "released", "min_area": MIN_AREA, "shard_size": 2, "batch_size": 2}
-    how |= section
+    how = {"model": "tiny", "rule": "released", "min_area": MIN_AREA}
+    how |= {"shard_size": 2, "batch_size": 2} | section
     summary = refine.run(
         stage_config(tiny_recipe(refine=how, seed=seed), "refine", round=1),
         out=out,
