@@ -85,7 +85,7 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="pretrain_writer",
-        version=2,
+        version=3,
         verb="stages.pretrain_writer",
         does="Train the miniature's writer on planned requests and sentences put together.",
         sections=("pretrain_writer",),

@@ -68,7 +68,9 @@ with a chat template): `write_prompts` loads and asks it as any other model
 are sentences put together by rule from the shapes and phrases of
 `models/miniature/writer_phrases.yaml`, new ones in every step; only such as pass the checks of
 `prompts/replies.py`. The fixed parts of a request are single tokens, and the chat template shows
-the last request alone.
+the last request alone. Training began with the writer before this one (`pretrain_writer.start`; it
+lies in this project's history at f450372, 2400 steps on 76800 sentences), whose lessons named the
+season so seldom that it hardly ever did.
 
 **What it is not.** A language model of English: it knows some six hundred words, all of streets,
 and answers this one request. It learned from a rule of ours, so it shows that the path from
