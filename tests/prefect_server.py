@@ -123,7 +123,7 @@ class Prefect:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.load(answer)
 
-    def finished(self, run_id: str, *, timeout_s: float = 180) -> dict:
+    def finished(self, run_id: str, *, timeout_s: float = 900) -> dict:
         """The flow run, once it has ended."""
         return until(
             lambda: (
@@ -146,7 +146,7 @@ class Prefect:
                 and all(task["state_type"] in FINAL for task in tasks)
                 else None
             ),
-            timeout_s=30,
+            timeout_s=120,
         )
         return {task["name"]: task for task in sorted(found, key=lambda task: task["start_time"])}
 

@@ -57,7 +57,7 @@ def whole_run(prefect, tmp_path_factory):
     run_id = prefect.deploy_and_run(
         "whole", recipe=RECIPE, artifacts=str(folder), overrides=ONE_LEG
     )
-    run = prefect.finished(run_id, timeout_s=540)
+    run = prefect.finished(run_id, timeout_s=1800)
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     return run, folder
 
@@ -190,7 +190,7 @@ def test_a_cancelled_run_leaves_no_process_and_keeps_its_work(prefect, whole_run
         overrides=[*ONE_LEG, "train_source.steps=100000"],
         until_stage="train_source",
     )
-    told = until(lambda: progress(folder), timeout_s=90)
+    told = until(lambda: progress(folder), timeout_s=600)
     children = psutil.Process(told["pid"]).children(recursive=True)
     assert any("stages.launch" in child.cmdline() for child in children)
     cancelled = prefect.command("-m", "prefect", "flow-run", "cancel", run_id)
@@ -221,7 +221,7 @@ def test_a_run_outlives_its_server(prefect, whole_run, tmp_path):
         overrides=[*ONE_LEG, "train_source.steps=60"],
         until_stage="train_source",
     )
-    until(lambda: progress(folder), timeout_s=90)
+    until(lambda: progress(folder), timeout_s=600)
     end(prefect.server, patience_s=0)
     time.sleep(5)
     prefect.serve()
@@ -245,7 +245,7 @@ def test_after_kill_9_of_a_process_of_prefects_the_next_run_goes_on(
         "until_stage": "train_source",
     }
     prefect.deploy_and_run("whole", **given)
-    told = until(lambda: progress(folder), timeout_s=90)
+    told = until(lambda: progress(folder), timeout_s=600)
     if victim == "worker":
         prefect.worker.kill()
         prefect.worker.wait()
