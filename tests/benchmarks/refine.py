@@ -1,6 +1,7 @@
 """How fast labels are refined: the steps around SAM, and the whole with SAM.
 
     python tests/benchmarks/refine.py [--device cpu|cuda] [--json] [--cases labels_768 ...]
+    python tests/benchmarks/refine.py --device cuda      on a GPU: nothing to download
 
 `labels_768`: components, points, selection and merging (no network) on a 768x768 map with 2000
 components of which 40 are kept, against the released steps written out plainly (per-class scipy
@@ -12,14 +13,18 @@ with random weights. Both sides run alternately after a warm-up.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import ndimage
 from segment_anything import SamPredictor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.masks import (
     best_masks,
