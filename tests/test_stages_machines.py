@@ -87,19 +87,18 @@ def test_a_machine_killed_in_the_middle_ends_the_training_which_then_goes_on(
     execute(training_spec(tmp_path / "alone", processes=1, steps=60), alone)
     out = tmp_path / "artifacts" / "train_source" / ".staging-0"
     spec = shared_spec(training_spec, out, steps=60)
-    found = []
+    found, before = [], set(psutil.Process().children(recursive=True))  # the second machine
 
     def kill() -> None:
         while not list((out / "state").glob("step-*.json")):
             time.sleep(0.01)
-        found.extend(psutil.Process().children(recursive=True))
+        found.extend(set(psutil.Process().children(recursive=True)) - before)
         os.kill(rank(1).pid, signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(StageKilled, match="one of the 2 training processes was killed"):
         execute(spec, Told())
-    ranks = [process for process in found if process.pid != second_machine.pid]
-    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert psutil.wait_procs(found, timeout=60)[1] == []
     again = Told()
     assert execute(spec, again).numbers["steps"] == 60
     (_, _, first) = again.started[0]

@@ -70,13 +70,13 @@ def test_a_killed_rank_ends_the_stage_which_then_goes_on(
     alone = Told()
     execute(training_spec(tmp_path / "alone", processes=1, steps=steps), alone)
     spec = training_spec(tmp_path / "two", processes=2, steps=steps)
-    found = []
+    found, before = [], set(psutil.Process().children(recursive=True))  # a server of other tests
 
     def kill() -> None:
         state = tmp_path / "two" / "state"
         while not list(state.glob("step-*.json")):
             time.sleep(0.01)
-        found.extend(psutil.Process().children(recursive=True))
+        found.extend(set(psutil.Process().children(recursive=True)) - before)
         os.kill(rank(number).pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
