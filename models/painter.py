@@ -8,6 +8,7 @@ pictures = painter.paint(["A street at dusk."], seeds=[7], height=768, width=768
 # B pictures, H W height and width
 import difflib
 import inspect
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def _quiet() -> None:
     disable_progress_bar()
     set_verbosity_error()
     disable_transformers_progress_bar()
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 
 def _channels_last(pipeline: DiffusionPipeline) -> None:
