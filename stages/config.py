@@ -222,7 +222,8 @@ class RefineConfig(Section):
     min_agreement: float = Field(0.0, ge=0, le=1)
     """agreement: IoU of mask and component below which the mask is not used."""
     trust: float = Field(1.0, ge=0, le=1)
-    """agreement: mean confidence from which on a component without a usable mask stays."""
+    """agreement: mean confidence from which on a component without a usable mask stays. (The stages
+    store confidences in steps of 1/255: 1 means 0.998 and more, here and below.)"""
     sure: float = Field(1.0, ge=0, le=1)
     """agreement: confidence from which on a pixel that belongs to no shape keeps its label."""
     overlaps: Literal["front", "nobody"] = "nobody"

@@ -64,8 +64,18 @@ def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
 
 
 def begin_with(sam: Sam, start: str) -> int:
-    """Load the tensors of an earlier SAM that fit; returns how many."""
-    found = load_file(weights_path(start) / WEIGHTS_NAME)
+    """Load the tensors of an earlier SAM that fit; returns how many.
+
+    Raises:
+        FileNotFoundError: there is no SAM.
+    """
+    folder = weights_path(start)
+    if folder is None or not (folder / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(
+            f"pretrain_sam.start: {start!r} is no folder with {WEIGHTS_NAME}; name one by "
+            "local-dir:FOLDER, or builtin:sam."
+        )
+    found = load_file(folder / WEIGHTS_NAME)
     own = sam.state_dict()
     fitting = {n: v.float() for n, v in found.items() if n in own and own[n].shape == v.shape}
     sam.load_state_dict(fitting, strict=False)

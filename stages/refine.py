@@ -1,10 +1,10 @@
-"""Sharpen pseudo-labels with SAM, by the released rule of CLOUDS or another.
+"""Sharpen pseudo-labels with SAM, by our rule, that of CLOUDS or another.
 
     clouds --stage refine --set refine.min_area=200
 
 Every large component of a label map prompts SAM with a few random points of its own. Under rule
-`released` the best mask replaces it, and what no mask covers becomes 255 (`models/masks.py`); under
-rule `agreement` a mask counts where it agrees with the teacher (`models/refine_rules.py`). The
+`agreement` a mask counts where it agrees with the teacher (`models/refine_rules.py`); under rule
+`released` the best mask replaces it, and what no mask covers becomes 255 (`models/masks.py`). The
 rules of other papers label SAM's automatic masks (`models/published_rules.py`).
 """
 

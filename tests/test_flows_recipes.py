@@ -6,6 +6,7 @@ from flows.keys import differences, ingredients
 from flows.pipeline import build, select
 from flows.recipes import ConfigError, load_recipe, merge, recipe_files
 from flows.store import Store
+from flows.studies import load_study
 from stages.config import Recipe
 
 
@@ -22,6 +23,26 @@ def test_every_shipped_recipe_is_valid_and_described(name):
     instances = build(recipe)
     assert "train_source" in instances
     assert list(instances)[-1] == "report"
+
+
+@pytest.mark.parametrize("name", sorted(recipe_files()))
+def test_what_rule_agreement_leaves_out_is_trained_as_unknown(name):
+    recipe = load_recipe(name)
+    if recipe.rounds.count and recipe.refine.rule == "agreement":
+        assert recipe.self_train.unlabelled == "ignore"
+
+
+@pytest.mark.parametrize("name", sorted(n for n in recipe_files() if n.endswith("_released")))
+def test_recipes_of_released_settings_refine_by_the_released_rule(name):
+    recipe = load_recipe(name)
+    assert (recipe.refine.rule, recipe.self_train.unlabelled) == ("released", "negative")
+
+
+def test_longer_training_on_the_source_is_counted_in_the_recipes_own_steps():
+    study = load_study("steps")
+    own = load_recipe(study.recipe).train_source.steps
+    for case, settings in study.cases.items():
+        assert settings["train_source.steps"] == own * int(case.removeprefix("x"))
 
 
 def test_extends_merges_sections_and_replaces_lists(tmp_path):

@@ -214,6 +214,12 @@ def test_training_begins_with_the_tensors_of_an_earlier_sam_that_fit(tmp_path):
     assert all(torch.allclose(own[name], theirs[name], atol=1e-3) for name in fitting)
 
 
+@pytest.mark.parametrize("start", ["erly", "local-dir:erly", "builtin:writer"])
+def test_a_sam_to_begin_with_that_is_none_is_told(start):
+    with pytest.raises(FileNotFoundError, match=f"pretrain_sam.start: '{start}'"):
+        pretrain_sam.begin_with(build_sam(TINY_SIZES), start)
+
+
 def test_affinity_head_reads_entities_of_neighbours():
     head = sam_lessons.AffinityHead(8)
     picture = render("source", seed=2)

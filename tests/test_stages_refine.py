@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from segment_anything import SamPredictor
 
 from models.config import MINIATURE_DIR
 from models.masks import find_components, label_map_of, merge_masks, remove_overlaps
+from models.refine_rules import Agreement
 from models.refiner import build_refiner
 from stages import refine
+from stages.config import RefineConfig
 from stages.labels import IGNORE, load_labelspace
 from stages.refine import count_changes
 from stages.refinement import Outcome, Refinement
@@ -184,6 +187,12 @@ def test_rule_agreement_leaves_out_what_neither_sam_nor_the_teacher_is_sure_of(t
         tmp_path / "out", inputs | {"labels": labels}, rule="agreement", min_iou=1.0
     )
     assert all((label_of(row) == IGNORE).all() for row in rows)
+
+
+def test_rule_agreement_has_the_same_defaults_as_its_settings():
+    assert RefineConfig().rule == "agreement"
+    for entry in fields(Agreement):
+        assert getattr(RefineConfig(), entry.name) == entry.default, entry.name
 
 
 AUTOMATIC = {
