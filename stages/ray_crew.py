@@ -232,22 +232,31 @@ def _look_around(out: Path) -> str:
                 )(_look_from).remote(str(probe), token): node
                 for node in nodes
             }
-            locks = [_answer(reference, node, out) for reference, node in answers.items()]
+            told = [(node, _answer(reference, node, out)) for reference, node in answers.items()]
+        nodes = [node for node, lock in told if lock is not None]
+        gone = [node["NodeManagerHostname"] for node, lock in told if lock is None]
+        if not nodes:
+            raise StageFailed(f"no Ray node is left: {', '.join(gone)} ended while looked at")
         for node in nodes:
             _must_be_seen(out / f".probe-{token}-{node['NodeID']}", node["NodeManagerHostname"])
     finally:
         for left in out.glob(f".probe-{token}*"):
             left.unlink(missing_ok=True)
     text = f"{len(nodes)} Ray nodes share {out}"
-    if not all(locks):
+    if gone:
+        text += f"; {', '.join(gone)} ended meanwhile, the others do its share"
+    if not all(lock for _, lock in told if lock is not None):
         text += "; file locks do not reach all of them: start its runs from one machine only"
     return text
 
 
-def _answer(reference: Any, node: Mapping[str, Any], out: Path) -> bool:
+def _answer(reference: Any, node: Mapping[str, Any], out: Path) -> bool | None:
+    """Whether locks reach a node; None if it is there no more, which Ray notices after a while."""
     host = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
     try:
         problem, locked = ray.get(reference, timeout=LOOK_TIMEOUT_S)
+    except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+        return None
     except ray.exceptions.RayError as error:
         raise StageFailed(f"the Ray node {host} did not answer: {error}") from error
     if problem:
