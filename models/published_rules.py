@@ -3,7 +3,8 @@
     refined = majority_rule(labels, masks)
 
 Masks are bool [M, H, W], from the largest to the smallest (`Refiner.everything`), so that painting
-them in order lets small ones overwrite large ones. Implemented from the rules as published.
+them in order lets small ones overwrite large ones. Implemented from the rules as published; which
+classes they treat in ways of their own, `models/rule_classes.py` says for any label space.
 """
 
 # M automatic masks, P prompts, H W picture size
@@ -15,40 +16,14 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 
+from models.rule_classes import RuleClasses
+
 VOID = 255
 
-# Cityscapes train ids, as in the papers.
-ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY = range(11)
-PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(11, 19)
-NUM_CLASSES = 19
-LARGE = frozenset({ROAD, SIDEWALK, BUILDING, VEGETATION, SKY, CAR})
-SMALL = frozenset({WALL, FENCE, POLE, LIGHT, SIGN, RIDER, TRUCK, MOTORCYCLE, BICYCLE})
-STUFF = frozenset({ROAD, SIDEWALK, BUILDING, WALL, FENCE, VEGETATION, TERRAIN, SKY})
-THINGS = tuple(sorted(frozenset(range(NUM_CLASSES)) - STUFF))
-DETAIL = frozenset({POLE, LIGHT, SIGN, *range(PERSON, NUM_CLASSES)})
-"""Classes whose masks are painted over the teacher's labels in the second fusion."""
 SMALL_SHARE = 0.2
 STUFF_SHARE = 0.2
 ROAD_RECTANGLE = (740, 780, 1645, 995)
 """Left, top, right, bottom on 2048 x 1024: where the road is expected."""
-RESTORED_IF_SURE: Mapping[int, frozenset[int]] = {
-    ROAD: frozenset({SIDEWALK}),
-    SIDEWALK: frozenset({ROAD, TERRAIN}),
-    BUILDING: frozenset({SKY, FENCE}),
-    WALL: frozenset({VEGETATION}),
-    VEGETATION: frozenset({TERRAIN, BUILDING}),
-    PERSON: frozenset({BUILDING}),
-}
-"""Third fusion: teacher's class -> fused classes that a confident teacher overrules."""
-RESTORED: Mapping[int, frozenset[int]] = {
-    FENCE: frozenset({BUILDING, VEGETATION}),
-    POLE: frozenset({BUILDING, LIGHT, SIGN}),
-    LIGHT: frozenset({BUILDING, POLE, VEGETATION}),
-    SIGN: frozenset({BUILDING, VEGETATION, LIGHT}),
-    CAR: frozenset({VEGETATION}),
-    BICYCLE: frozenset(range(NUM_CLASSES)),
-}
-"""Third fusion: teacher's class -> fused classes that the teacher always overrules."""
 
 LabelOf = Callable[[int, np.ndarray], int | None]
 """From a mask's number and bool [H, W] to its class, or None."""
@@ -91,6 +66,7 @@ def guided_rule(
     confidence_HW: np.ndarray,
     masks_MHW: np.ndarray,
     *,
+    classes: RuleClasses,
     fusion: int = 3,
     sure: float = 0.99,
 ) -> np.ndarray:
@@ -101,43 +77,48 @@ def guided_rule(
     2. A mask called sidewalk becomes road if road is second or third in it, and its centre lies
        where the road is expected, or it is the largest mask.
     3. Fusion 1: what no mask covers keeps the teacher's label. Fusion 2: the teacher's labels,
-       painted over by the masks of small and thing classes (`DETAIL`). Fusion 3: fusion 1, where
-       the teacher's label comes back for certain pairs of classes (`RESTORED_IF_SURE` where it is
-       `sure`, `RESTORED` always; their test for round signs on poles is left out).
-
-    For Cityscapes' 19 classes only.
+       painted over by the masks of small and thing classes (`detail`). Fusion 3: fusion 1, where
+       the teacher's label comes back for certain pairs of classes (`restored_if_sure` where it is
+       `sure`, `restored` always; their test for round signs on poles is left out).
 
     Args:
-        label_map_HW: uint8 Cityscapes train ids.
+        label_map_HW: uint8 train ids.
         confidence_HW: float, 0..1.
         masks_MHW: from the largest to the smallest.
+        classes: which ids are which of the rule's classes.
         fusion: 1, 2 or 3.
         sure: confidence of a sure teacher (0.99 for DAFormer, 0.9 for MIC).
     """
 
     def with_care(number: int, mask_HW: np.ndarray) -> int | None:
-        return _guided_label(counts_in(label_map_HW, mask_HW), mask_HW, largest=number == 0)
+        counts = counts_in(label_map_HW, mask_HW)
+        return _guided_label(counts, mask_HW, classes=classes, largest=number == 0)
 
     painted_HW = paint_masks(masks_MHW, with_care, size=label_map_HW.shape)
     fused_HW = np.where(painted_HW == VOID, label_map_HW, painted_HW)
     if fusion == 2:
-        return np.where(np.isin(painted_HW, list(DETAIL)), painted_HW, label_map_HW)
+        return np.where(np.isin(painted_HW, list(classes.detail)), painted_HW, label_map_HW)
     if fusion == 3:
-        back_HW = _pairs(label_map_HW, fused_HW, RESTORED)
-        back_HW |= _pairs(label_map_HW, fused_HW, RESTORED_IF_SURE) & (confidence_HW >= sure)
+        back_HW = _pairs(label_map_HW, fused_HW, classes.restored)
+        if_sure_HW = _pairs(label_map_HW, fused_HW, classes.restored_if_sure)
+        back_HW |= if_sure_HW & (confidence_HW >= sure)
         return np.where(back_HW, label_map_HW, fused_HW)
     return fused_HW
 
 
-def _guided_label(counts: np.ndarray, mask_HW: np.ndarray, *, largest: bool) -> int | None:
+def _guided_label(
+    counts: np.ndarray, mask_HW: np.ndarray, *, classes: RuleClasses, largest: bool
+) -> int | None:
     if not counts.any():
         return None
     first, second, third = (int(label) for label in np.argsort(-counts, kind="stable")[:3])
-    if first in LARGE and second in SMALL and counts[second] >= SMALL_SHARE * counts[first]:
+    is_large, is_small = first in classes.large, second in classes.small
+    if is_large and is_small and counts[second] >= SMALL_SHARE * counts[first]:
         return second
-    road_near = (second == ROAD and counts[second]) or (third == ROAD and counts[third])
-    if first == SIDEWALK and road_near and (largest or _centre_on_road(mask_HW)):
-        return ROAD
+    if first in classes.sidewalk and (largest or _centre_on_road(mask_HW)):
+        for near in (second, third):
+            if near in classes.road and counts[near]:
+                return near
     return first
 
 
@@ -171,11 +152,16 @@ class ThingPrompts:
 
 
 def stuff_labels(
-    label_map_HW: np.ndarray, masks_MHW: np.ndarray, *, stuff: frozenset[int] = STUFF
+    label_map_HW: np.ndarray, masks_MHW: np.ndarray, *, stuff: frozenset[int]
 ) -> np.ndarray:
     """SeCo (Zhao et al. 2024), stuff: a mask gets the stuff class with the greatest share.
 
     The share is of the mask's pixels with a label, and must exceed 0.2; 255 elsewhere.
+
+    Args:
+        label_map_HW: uint8 train ids.
+        masks_MHW: from the largest to the smallest.
+        stuff: ids of the stuff classes (`RuleClasses.stuff`).
     """
 
     def greatest(_number: int, mask_HW: np.ndarray) -> int | None:
@@ -190,7 +176,7 @@ def stuff_labels(
 def thing_prompts(
     label_map_HW: np.ndarray,
     *,
-    things: Sequence[int] = THINGS,
+    things: Sequence[int],
     min_area_px: int = 10,
     unclip: float = 1.25,
     radius_px: int = 8,

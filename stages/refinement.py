@@ -24,13 +24,14 @@ from models.published_rules import (
 )
 from models.refine_rules import Agreement, agreement_rule, prompted_components
 from models.refiner import Masks, Prompts, Refiner, build_refiner, point_prompts
+from models.rule_classes import RuleClasses
 from stages.config import RefineConfig, StageConfig
 from stages.devices import Device
-from stages.labels import IGNORE, load_labelspace
+from stages.labels import IGNORE
 from stages.shards import item_seed
 
-CITYSCAPES_ONLY = frozenset({"guided", "stuff_things"})
-"""Rules whose classes are those of Cityscapes."""
+BY_CLASS = frozenset({"guided", "stuff_things"})
+"""Rules that treat some classes in ways of their own: those of Cityscapes."""
 NEEDS_CONFIDENCE = frozenset({"agreement", "guided"})
 
 
@@ -69,6 +70,8 @@ class Refinement:
     section: RefineConfig
     seed: int
     bf16: bool
+    classes: RuleClasses | None = None
+    """Which ids are which of the rule's classes; only for rules in `BY_CLASS`."""
 
     @property
     def needs_confidence(self) -> bool:
@@ -203,6 +206,7 @@ class Refinement:
                 subject.label_HW,
                 subject.confidence_HW,
                 masks_MHW,
+                classes=self.classes,
                 fusion=section.fusion,
                 sure=section.fusion_sure,
             )
@@ -210,7 +214,8 @@ class Refinement:
         return Outcome(label_HW=after_HW, prompted=[], iou=[], counts=counts)
 
     def _stuff_things(self, subjects: Sequence[Subject]) -> list[Outcome]:
-        asked = [thing_prompts(subject.label_HW) for subject in subjects]
+        things = self.classes.things
+        asked = [thing_prompts(subject.label_HW, things=things) for subject in subjects]
         prompts = [
             point_prompts(list(own.points_P22), boxes_P4=own.boxes_P4) if own.labels else _NOTHING
             for own in asked
@@ -219,7 +224,7 @@ class Refinement:
         outcomes = []
         for subject, own, masks in zip(subjects, asked, found, strict=True):
             automatic_MHW = self._everything(subject)
-            after_HW = stuff_labels(subject.label_HW, automatic_MHW)
+            after_HW = stuff_labels(subject.label_HW, automatic_MHW, stuff=self.classes.stuff)
             things_PHW = masks.masks_PCHW[:, 0].cpu().numpy()
             painted_HW = paint_masks(
                 things_PHW, lambda number, _, own=own: own.labels[number], size=after_HW.shape
@@ -250,15 +255,17 @@ def load_refinement(
 
     Raises:
         FileNotFoundError: SAM's weights are not there.
-        ValueError: they do not fit, or the rule is for other classes.
+        ValueError: they do not fit, or the rule does not know one of the classes.
     """
     section = config.refine
-    names = tuple(class_names)
-    if section.rule in CITYSCAPES_ONLY and names != load_labelspace("cityscapes19").names:
-        raise ValueError(
-            f"refine.rule={section.rule} is defined for Cityscapes' 19 classes; these labels have "
-            f"{len(names)}: {', '.join(names)}. Use released, agreement or majority."
-        )
+    classes = None
+    if section.rule in BY_CLASS:
+        try:
+            classes = RuleClasses.of(class_names)
+        except ValueError as error:
+            raise ValueError(
+                f"refine.rule={section.rule}: {error}. Use released, agreement or majority."
+            ) from None
     return Refinement(
         refiner=build_refiner(
             section.model, section.weights, device=device.device, seed=config.seed
@@ -266,6 +273,7 @@ def load_refinement(
         section=section,
         seed=item_seed(config.seed, "refine"),
         bf16=config.precision == "bf16",
+        classes=classes,
     )
 
 

@@ -6,20 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.published_rules import (
-    BICYCLE,
-    BUILDING,
-    CAR,
-    FENCE,
-    PERSON,
-    POLE,
-    ROAD,
-    SIDEWALK,
-    SIGN,
-    SKY,
-    STUFF,
-    TERRAIN,
-    THINGS,
-    VEGETATION,
     VOID,
     guided_rule,
     label_entropy,
@@ -28,10 +14,15 @@ from models.published_rules import (
     stuff_labels,
     thing_prompts,
 )
+from models.rule_classes import RuleClasses
+from stages.labels import load_labelspace
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is the oracle of rotated rectangles")
 SIZE = (20, 30)
 FULL = np.ones(SIZE, bool)
+CLASSES = RuleClasses.of(load_labelspace("cityscapes19").names)
+ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY = range(11)
+PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(11, 19)
 
 
 def canvas(**areas) -> np.ndarray:
@@ -49,7 +40,8 @@ def part(rows: slice, columns: slice) -> np.ndarray:
 
 
 def guided(labels, masks, *, confidence=1.0, **how):
-    return guided_rule(labels, np.full(SIZE, confidence, np.float32), np.stack(masks), **how)
+    sure = np.full(SIZE, confidence, np.float32)
+    return guided_rule(labels, sure, np.asarray(masks), **{"classes": CLASSES} | how)
 
 
 ALL = slice(None)
@@ -78,9 +70,7 @@ def test_a_mask_without_any_label_and_no_masks_at_all_change_nothing():
     empty = part(slice(10, 15), ALL)
     for masks in (empty[None], np.zeros((0, *SIZE), bool)):
         assert np.array_equal(majority_rule(labels, masks), labels)
-        assert np.array_equal(
-            guided_rule(labels, np.ones(SIZE, np.float32), masks, fusion=1), labels
-        )
+        assert np.array_equal(guided(labels, masks, fusion=1), labels)
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,8 +81,8 @@ def test_no_rule_gives_a_class_the_labels_do_not_hold(seed):
     masks = rng.random((4, *SIZE)) < 0.3
     confidence = rng.random(SIZE).astype(np.float32)
     known = {*np.unique(labels).tolist(), VOID}
-    outcomes = [majority_rule(labels, masks), stuff_labels(labels, masks)]
-    outcomes += [guided_rule(labels, confidence, masks, fusion=f) for f in (1, 2, 3)]
+    outcomes = [majority_rule(labels, masks), stuff_labels(labels, masks, stuff=CLASSES.stuff)]
+    outcomes += [guided(labels, masks, confidence=confidence, fusion=f) for f in (1, 2, 3)]
     for outcome in outcomes:
         assert set(np.unique(outcome).tolist()) <= known
 
@@ -163,15 +153,97 @@ def test_the_third_fusion_brings_the_teacher_back_for_certain_pairs(
 def test_a_stuff_class_needs_more_than_a_fifth_of_the_labelled_pixels(columns_of_sky, expected):
     labels = np.full(SIZE, CAR, np.uint8)
     labels[:, :columns_of_sky] = SKY
-    assert (stuff_labels(labels, FULL[None]) == expected).all()
+    assert (stuff_labels(labels, FULL[None], stuff=CLASSES.stuff) == expected).all()
     labels[:, 20:] = VOID
     labels[:, :6] = SKY
-    assert (stuff_labels(labels, FULL[None]) == SKY).all()
+    assert (stuff_labels(labels, FULL[None], stuff=CLASSES.stuff) == SKY).all()
 
 
 def test_stuff_and_things_are_all_classes():
-    assert {*STUFF, *THINGS} == set(range(19))
-    assert not STUFF & set(THINGS)
+    assert {*CLASSES.stuff, *CLASSES.things} == set(range(19))
+    assert not CLASSES.stuff & set(CLASSES.things)
+
+
+def test_in_cityscapes_the_classes_are_the_papers_train_ids():
+    """As SAM4UDASS's and SeCo's code number them."""
+    detail = {5, 6, 7, *range(11, 19)}
+    assert (
+        RuleClasses(
+            road={0},
+            sidewalk={1},
+            large={0, 1, 2, 8, 10, 13},
+            small={3, 4, 5, 6, 7, 12, 14, 17, 18},
+            detail=detail,
+            restored_if_sure={0: {1}, 1: {0, 9}, 2: {10, 4}, 3: {8}, 8: {9, 2}, 11: {2}},
+            restored={
+                4: {2, 8},
+                5: {2, 6, 7},
+                6: {2, 5, 8},
+                7: {2, 8, 6},
+                13: {8},
+                18: set(range(19)),
+            },
+            stuff={0, 1, 2, 3, 4, 8, 9, 10},
+            things=tuple(sorted(detail)),
+        )
+        == CLASSES
+    )
+
+
+MINIATURE = load_labelspace("miniature").names
+
+
+def test_classes_that_a_label_space_lacks_are_left_out():
+    found = RuleClasses.of(MINIATURE)
+    named = {name: number for number, name in enumerate(MINIATURE)}
+    assert found.small == {named[n] for n in ("fence", "pole", "traffic sign", "truck", "bicycle")}
+    assert {*found.stuff, *found.things} == set(range(13))
+    assert found.restored[named["pole"]] == {named["building"], named["traffic sign"]}
+    assert found.restored[named["bicycle"]] == set(range(13))
+    assert found.restored_if_sure[named["building"]] == {named["sky"], named["fence"]}
+    roadless = RuleClasses.of(["sky", "car"])
+    assert roadless.road == roadless.sidewalk == set()
+    assert roadless.restored == {1: set()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_in_another_label_space_the_rules_do_as_in_cityscapes(seed, confidence):
+    rng = np.random.default_rng(seed)
+    whole = load_labelspace("cityscapes19").names
+    picked = {0, 1, 13, *rng.choice(19, rng.integers(1, 12)).tolist()}
+    there = np.array([*sorted(picked), *[VOID] * (256 - len(picked))], np.uint8)
+    own = RuleClasses.of([whole[number] for number in sorted(picked)])
+    blocks = rng.choice([*range(len(picked)), VOID], (5, 6)).astype(np.uint8)
+    labels = np.kron(blocks, np.ones((4, 5), np.uint8))
+    masks = np.kron(rng.random((4, 10, 15)) < 0.4, np.ones((2, 2), bool))
+    for fusion in (1, 2, 3):
+        how = {"confidence": confidence, "fusion": fusion}
+        here = guided(labels, masks, classes=own, **how)
+        assert np.array_equal(there[here], guided(there[labels], masks, **how))
+    here = stuff_labels(labels, masks, stuff=own.stuff)
+    assert np.array_equal(there[here], stuff_labels(there[labels], masks, stuff=CLASSES.stuff))
+    asked, oracle = (
+        thing_prompts(labels, things=own.things),
+        thing_prompts(there[labels], things=CLASSES.things),
+    )
+    assert tuple(there[list(asked.labels)]) == oracle.labels
+    assert np.array_equal(asked.boxes_P4, oracle.boxes_P4)
+    np.testing.assert_allclose(asked.points_P22, oracle.points_P22)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["road", "car", "lane marking"], "these labels have 'lane marking', which Cityscapes"),
+        (["road", "Car"], "these labels have 'Car', which"),
+        (["road", "sky"], "none of the classes that the rule knows as things: bicycle, bus"),
+        (["person", "car"], r"\(person, car\) have none of .* as stuff: building"),
+    ],
+)
+def test_classes_that_the_rules_do_not_know_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        RuleClasses.of(names)
 
 
 def test_every_thing_component_of_ten_pixels_gets_a_box_and_two_points():
@@ -180,7 +252,7 @@ def test_every_thing_component_of_ten_pixels_gets_a_box_and_two_points():
     labels[0:3, 0:3] = CAR  # nine pixels
     labels[12:14, 20:25] = PERSON
     labels[14:16, 25] = PERSON  # touches by a corner: 8-connected
-    found = thing_prompts(labels)
+    found = thing_prompts(labels, things=CLASSES.things)
     assert found.labels == (PERSON, CAR)
     assert found.boxes_P4[0, 2] > 25
     width, height = 9, 5  # between the centres of the outer pixels
@@ -195,18 +267,18 @@ def test_every_thing_component_of_ten_pixels_gets_a_box_and_two_points():
 
 def test_boxes_stay_inside_the_picture():
     labels = canvas(CAR=(ALL, slice(0, 12)))
-    left, top, _right, bottom = thing_prompts(labels).boxes_P4[0]
+    left, top, _right, bottom = thing_prompts(labels, things=CLASSES.things).boxes_P4[0]
     assert (left, top, bottom) == (0, 0, SIZE[0] - 1)
 
 
 def test_points_lie_where_the_neighbourhood_is_least_mixed():
     labels = canvas(ROAD=(ALL, slice(0, 15)), CAR=(ALL, slice(15, 30)))
-    points = thing_prompts(labels, radius_px=2).points_P22[0]
+    points = thing_prompts(labels, things=CLASSES.things, radius_px=2).points_P22[0]
     assert (points[:, 0] >= 17).all()
 
 
 def test_no_thing_no_prompts():
-    found = thing_prompts(canvas(ROAD=(ALL, ALL)))
+    found = thing_prompts(canvas(ROAD=(ALL, ALL)), things=CLASSES.things)
     assert found.labels == ()
     assert found.boxes_P4.shape == (0, 4)
     assert found.points_P22.shape == (0, 2, 2)

@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from models.masks import find_components, refined_label_map
 from models.published_rules import guided_rule, majority_rule, stuff_labels
 from models.refine_rules import Agreement, agreement_rule
+from models.rule_classes import RuleClasses
+from stages.labels import load_labelspace
 
 VOID = 255
 SIZE = (16, 24)
 EVERYTHING = tuple(range(19))
 """Cityscapes' classes, so that all rules apply."""
+CLASSES = RuleClasses.of(load_labelspace("cityscapes19").names)
 
 Rule = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """From labels, confidences (0..1) and one mask per component to the refined labels."""
@@ -44,7 +47,7 @@ def majority(labels, _confidence, masks):
 
 
 def guided(labels, confidence, masks):
-    return guided_rule(labels, confidence, from_large_to_small(masks))
+    return guided_rule(labels, confidence, from_large_to_small(masks), classes=CLASSES)
 
 
 def stuff(labels, _confidence, masks):
@@ -158,10 +161,15 @@ def test_the_order_of_masks_that_do_not_overlap_does_not_matter(name, seed):
     owner = np.kron(rng.integers(0, 5, (4, 6)), np.ones((4, 4), int))
     masks = np.stack([owner == number for number in range(4)])
     masks = masks[masks.any((1, 2))]
-    rule = {"majority": majority_rule, "stuff": stuff_labels}.get(name)
 
     def ruled(ordered):
-        return guided_rule(labels, sure, ordered) if rule is None else rule(labels, ordered)
+        match name:
+            case "majority":
+                return majority_rule(labels, ordered)
+            case "stuff":
+                return stuff_labels(labels, ordered, stuff=CLASSES.stuff)
+            case _:
+                return guided_rule(labels, sure, ordered, classes=CLASSES)
 
     if name == "guided":  # its largest mask, the first, has a rule of its own
         order = [0, *(1 + rng.permutation(len(masks) - 1))] if len(masks) else []

@@ -203,11 +203,14 @@ AUTOMATIC = {
 }
 
 
+@pytest.mark.parametrize("labelspace", ["cityscapes19", "miniature"])
 @pytest.mark.parametrize("rule", ["majority", "guided", "stuff_things"])
-def test_rules_on_automatic_masks_run_with_a_real_sam_and_end_the_same(tmp_path, inputs, rule):
+def test_rules_on_automatic_masks_run_with_a_real_sam_and_end_the_same(
+    tmp_path, inputs, rule, labelspace
+):
     shutil.copytree(inputs["labels"], tmp_path / "labels")
     labels = with_confidences(tmp_path / "labels", value=200)
-    names = list(load_labelspace("cityscapes19").names)
+    names = list(load_labelspace(labelspace).names)
     (labels / "checkpoint.json").write_text(json.dumps({"format": 1, "class_names": names}))
     how = AUTOMATIC | {"rule": rule}
     rows, statistics, _ = refined(tmp_path / "one", inputs | {"labels": labels}, **how)
@@ -223,9 +226,11 @@ def test_rules_on_automatic_masks_run_with_a_real_sam_and_end_the_same(tmp_path,
 
 
 @pytest.mark.parametrize("rule", ["guided", "stuff_things"])
-def test_rules_of_cityscapes_refuse_other_classes(tmp_path, inputs, rule):
-    with pytest.raises(ValueError, match=r"defined for Cityscapes' 19 classes.*have 4: road"):
-        refined(tmp_path / "out", inputs, rule=rule)
+def test_rules_by_class_refuse_classes_they_do_not_know(tmp_path, inputs, rule):
+    labels = write_labels(tmp_path / "labels", classes=["road", "car", "lane marking"])
+    message = rf"refine\.rule={rule}: .*'lane marking'.* Use released, agreement or majority"
+    with pytest.raises(ValueError, match=message):
+        refined(tmp_path / "out", inputs | {"labels": labels}, rule=rule)
 
 
 @settings(max_examples=40, deadline=None)
