@@ -203,8 +203,10 @@ AUTOMATIC = {
 }
 
 
-@pytest.mark.parametrize("labelspace", ["cityscapes19", "miniature"])
-@pytest.mark.parametrize("rule", ["majority", "guided", "stuff_things"])
+@pytest.mark.parametrize(
+    ("rule", "labelspace"),
+    [("majority", "cityscapes19"), ("guided", "miniature"), ("stuff_things", "miniature")],
+)
 def test_rules_on_automatic_masks_run_with_a_real_sam_and_end_the_same(
     tmp_path, inputs, rule, labelspace
 ):
