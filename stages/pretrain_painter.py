@@ -31,6 +31,8 @@ SHARD_PICTURES = 500
 """Rendered pictures that are stored together, and not rendered again after an interruption."""
 BASIS_PICTURES = 2000
 """Pictures whose patches give the latents' basis."""
+LARGEST_FILE = "6MB"
+"""Tensors of one file of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +109,18 @@ def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
 
 
 def save_painter(pupil: Pupil, autoencoder: AutoencoderTiny, folder: Path) -> None:
-    """Write the pipeline with fp16 weights, as `StableDiffusionPipeline.from_pretrained` reads."""
+    """Write the pipeline with fp16 weights, as `StableDiffusionPipeline.from_pretrained` reads.
+
+    Weights beyond `LARGEST_FILE` come in several files and an index: the repository has no large
+    ones.
+    """
     pipeline = network.assemble(
         autoencoder=autoencoder.half(),
         unet=pupil.unet.half(),
         text_encoder=pupil.text_encoder.half(),
         tokenizer=pupil.tokenizer,
     )
-    pipeline.save_pretrained(folder)
+    pipeline.save_pretrained(folder, max_shard_size=LARGEST_FILE)
 
 
 def render_gallery(

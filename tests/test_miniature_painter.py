@@ -21,7 +21,7 @@ from models.painter import load_painter
 from stages import measure_painter, pretrain_painter
 from stages.config import StageConfig
 from stages.labels import load_labelspace
-from stages.model_cards import card_digests, write_card
+from stages.model_cards import CARD_NAME, card_digests, write_card
 from stages.pretrain_config import MeasurePainterConfig, PretrainRecipe
 from stages.probes import probe_config
 from stages.shards import file_digest
@@ -169,7 +169,7 @@ def test_interrupted_training_ends_with_the_same_bits(trained, tmp_path, after):
         pretrain_painter.run(painter_config(), out=tmp_path, progress=Killed(after))
     pretrain_painter.run(painter_config(), out=tmp_path, progress=Told())
     paths = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.safetensors"))
-    assert len(paths) == 3
+    assert len(paths) == 4  # the denoiser's come in two files
     for path in paths:
         straight, resumed = load_file(trained[0] / path), load_file(tmp_path / path)
         assert all(torch.equal(straight[name], resumed[name]) for name in straight), path
@@ -189,6 +189,17 @@ def test_what_is_left_loads_and_paints(trained):
         tensor for path in folder.rglob("*.safetensors") for tensor in load_file(path).values()
     ]
     assert {tensor.dtype for tensor in weights} == {torch.float16}
+
+
+def test_large_weights_come_in_several_files_that_load_as_one(trained):
+    folder, _ = trained
+    shards = [load_file(path) for path in sorted((folder / "unet").glob("*.safetensors"))]
+    assert len(shards) > 1
+    assert max(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 8_000_000
+    loaded = load_painter(str(folder)).pipeline.unet.state_dict()
+    assert sum(len(shard) for shard in shards) == len(loaded)
+    for name, tensor in (pair for shard in shards for pair in shard.items()):
+        assert torch.equal(loaded[name].half(), tensor), name
 
 
 def test_an_untrained_painter_fails_its_exam(trained, tmp_path):
@@ -254,6 +265,11 @@ def test_card_states_files_in_folders_and_figures(trained):
     }
     write_card(folder, "painter", manifest=manifest, gates=gates)
     stated = card_digests(folder)
-    unet = "unet/diffusion_pytorch_model.safetensors"
-    assert stated[unet] == ((folder / unet).stat().st_size, file_digest(folder / unet))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files if path.name != CARD_NAME and path.parent.name != "logs"]
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in stated
+    assert stated == {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, file_digest(path))
+        for path in files
+    }
     assert "27.50 dB" in (folder / "README.md").read_text()
