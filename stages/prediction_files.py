@@ -210,7 +210,13 @@ def raw_table(space: LabelSpace, name: str) -> np.ndarray:
     Raises:
         ValueError: no such map, or a class has no raw value in it.
     """
-    ids = space.id_map(name, wanted_by="--ids").ids
+    if name not in space.maps:
+        known = ", ".join(["train", "palette", *sorted(space.maps)])
+        raise ValueError(
+            f"--ids {name}: label space {space.name!r} has no label map {name!r}; known: {known}. "
+            "Name one of these, or a label space that has the map by --labels NAME|FILE.yaml."
+        )
+    ids = space.maps[name].ids
     raw: dict[int, int] = {}
     for value, train in ids.items():
         raw.setdefault(train, value)

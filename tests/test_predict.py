@@ -263,7 +263,7 @@ def test_a_video_without_frames_is_refused_by_name(model, tmp_path, capsys):
         ([".", "--batch", "0"], "--batch"),
         ([".", "--weights", "ema"], "ema.safetensors"),
         ([".", "--labels", "cityscapes19"], "tells apart"),
-        ([".", "--ids", "cityscapes"], "label map"),
+        ([".", "--ids", "cityscapes"], "no label map 'cityscapes'; known: train, palette"),
         ([".", "--device", "tpu"], "--device"),
         ([".", "--model", "self_train"], "Models here"),
         ([".", "--model", "."], "holds no checkpoint"),
