@@ -3,6 +3,7 @@
 clouds check --recipe NAME
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,13 @@ from flows.pipeline import Instance
 from flows.recipes import ConfigError, nearest
 from flows.steps import Listener
 from flows.store import Store
-from models.config import MINIATURE_DIR, weights_path
+from models.config import (
+    MINIATURE_DIR,
+    NAME_FIELDS,
+    name_path,
+    names_safety_checker,
+    weights_path,
+)
 from stages.contracts import labelspace_file
 from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs
 
@@ -59,6 +66,10 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
         yield Finding(what="data.sources", state="error", text=text)
     if "synthesize" in stages:
         yield from _unused_pictures(recipes["synthesize"])
+        yield from _missing_checker(recipes["synthesize"].synthesize)
+    for instance in pending:
+        if "pseudo_label" in instance.contract.sections_of(instance.recipe):
+            yield from _unknown_classes(instance)
     yield from _missing_averages(pending)
     seen = set()
     for instance in pending:
@@ -98,6 +109,58 @@ def _unused_pictures(recipe: Any) -> Iterator[Finding]:
         yield Finding(what="data.unlabelled", state="error", text=text)
 
 
+def _unknown_classes(instance: Instance) -> Iterator[Finding]:
+    """Thresholds of classes that the label space does not have."""
+    from stages.labels import load_labelspace
+
+    named, labels = instance.recipe.pseudo_label.class_thresholds, instance.recipe.data.labels
+    if not named or not labelspace_file(labels).is_file():
+        return
+    try:
+        known = load_labelspace(labels).names
+    except ValueError:
+        return  # `prepare` tells what is wrong with the file
+    for name in sorted(named.keys() - set(known)):
+        what = f"pseudo_label.class_thresholds of {instance.name}"
+        text = f"{name!r} is no class of the label space {labels!r}{nearest(name, known)}"
+        yield Finding(what=what, state="error", text=text)
+
+
+def _missing_checker(section: Any) -> Iterator[Finding]:
+    """A safety checker is asked for, and the model, as far as it is here, has none."""
+    if not section.safety_checker:
+        return
+    index = _model_index(section.model, section.revision)
+    if index is not None and not names_safety_checker(index):
+        text = (
+            f"it is on, but {section.model!r} has none (its model_index.json names no "
+            "safety_checker): set it to false, or choose a model that has one"
+        )
+        yield Finding(what="synthesize.safety_checker", state="error", text=text)
+
+
+def _model_index(model: str, revision: str | None) -> dict[str, Any] | None:
+    """What a pipeline is made of: of a folder or of a model in the local hub cache, else None."""
+    if model == "random":
+        return {}
+    folder = weights_path(model)
+    if folder is not None:
+        path = folder / "model_index.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            path = Path(str(try_to_load_from_cache(model, "model_index.json", revision=revision)))
+        except HFValidationError:
+            return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # what is missing or damaged is told where it is loaded
+    return found if isinstance(found, dict) else None
+
+
 def _missing_averages(pending: Sequence[Instance]) -> Iterator[Finding]:
     """Judging the average of weights that are about to be trained without one."""
     by_name = {instance.name: instance for instance in pending}
@@ -130,7 +193,7 @@ def _weights(instance: Instance, field: str) -> Finding | None:
     reference = section
     if reference is None or reference in _NOT_WEIGHTS or not _is_used(instance, parent):
         return None
-    local = weights_path(reference)
+    local = name_path(reference) if field in NAME_FIELDS else weights_path(reference)
     if local is not None:
         state = "ok" if local.exists() else "error"
         missing = f"{reference!r}: {local} is not there{_shipped(reference)}"

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from flows.digests import digest_of, listing_digest
 from flows.pipeline import Instance
 from flows.store import Store
-from models.config import weights_path
+from models.config import NAME_FIELDS, name_path, weights_path
 from stages.contracts import External
-from stages.section import NotInKey
+from stages.section import InKeyIfSet, NotInKey
 
 
 def ingredients(instance: Instance, inputs: Mapping[str, str], store: Store) -> dict[str, Any]:
@@ -51,9 +51,15 @@ def ingredients(instance: Instance, inputs: Mapping[str, str], store: Store) -> 
 
 
 def key_part(section: Any) -> Any:
-    """A section as plain values, without the fields that cannot change a result."""
+    """A section as plain values, without the fields that cannot change a result as they are."""
     if isinstance(section, BaseModel):
-        names = _key_fields(type(section))
+        model = type(section)
+        names = [
+            name
+            for name in _key_fields(model)
+            if name not in _later_fields(model)
+            or getattr(section, name) != model.model_fields[name].default
+        ]
         return {name: key_part(getattr(section, name)) for name in names}
     if isinstance(section, tuple | list):
         return [key_part(entry) for entry in section]
@@ -71,6 +77,15 @@ def _key_fields(model: type[BaseModel]) -> tuple[str, ...]:
     )
 
 
+@cache
+def _later_fields(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(
+        name
+        for name, field in model.model_fields.items()
+        if any(isinstance(mark, InKeyIfSet) for mark in field.metadata)
+    )
+
+
 def weights_identity(recipe: Any, dotted: str, store: Store) -> str:
     """Which weights a config field names: a digest if local, else repository and revision."""
     *path, last = dotted.split(".")
@@ -80,7 +95,7 @@ def weights_identity(recipe: Any, dotted: str, store: Store) -> str:
     reference = getattr(section, last)
     if reference is None:
         return "none"
-    local = weights_path(reference)
+    local = name_path(reference) if dotted in NAME_FIELDS else weights_path(reference)
     if local is None:
         return f"hub:{reference}@{getattr(section, 'revision', None) or 'main'}"
     if not local.exists():

@@ -4,6 +4,7 @@
 the key `segmenter`. Defaults are the CLOUDS settings (frozen CLIP tower, Mask2Former decoder).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -192,9 +193,19 @@ class SegmenterConfig(Section):
     """Matching and losses."""
 
 
+def names_safety_checker(model_index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline's `model_index.json` names a safety checker: [library, class] of it."""
+    return any(model_index.get("safety_checker") or ())
+
+
 MINIATURE_DIR = Path(__file__).parent / "miniature"
 _LOCAL_PREFIX = "local-dir:"
 _BUILTIN_PREFIX = "builtin:"
+
+
+NAME_FIELDS = frozenset({"segmenter.encoder.name", "select.clip"})
+"""Fields that name an architecture of a library rather than weights: a folder that happens to be
+called as one ("RN50") does not count."""
 
 
 def weights_path(reference: str) -> Path | None:
@@ -203,12 +214,19 @@ def weights_path(reference: str) -> Path | None:
     `builtin:NAME` is a network that ships with this package, `local-dir:FOLDER` and every existing
     path are local; all else ("RN50", "owner/name") is a hub id or a library's tag.
     """
+    found = name_path(reference)
+    if found is None and reference and Path(reference).exists():
+        return Path(reference)
+    return found
+
+
+def name_path(reference: str) -> Path | None:
+    """The same of a name as in `NAME_FIELDS`: a bare word is never a path."""
     if reference.startswith(_BUILTIN_PREFIX):
         return MINIATURE_DIR / reference.removeprefix(_BUILTIN_PREFIX)
     if reference.startswith(_LOCAL_PREFIX):
-        return weights_path(reference.removeprefix(_LOCAL_PREFIX)) or Path(
-            reference.removeprefix(_LOCAL_PREFIX)
-        )
+        rest = reference.removeprefix(_LOCAL_PREFIX)
+        return name_path(rest) or Path(rest)
     path = Path(reference)
     looks_local = path.is_absolute() or len(path.parts) > 1 or path.suffix != ""
     return path if looks_local and path.exists() else None

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from models.config import weights_path
+from models.config import name_path
 from models.tensors import refusing_code
 
 HASH_BITS = 64
@@ -96,7 +96,7 @@ def load_scorer(
         FileNotFoundError: a folder without a model, or weights that are not to be had.
         ValueError: an unknown name, or a name without weights.
     """
-    local = weights_path(name)
+    local = name_path(name)
     if local is not None:
         if not (local / "open_clip_config.json").is_file():
             raise FileNotFoundError(

@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
+from models.config import names_safety_checker
 from models.hub import Source, find_model, loading
 from models.tensors import refusing_code
 
@@ -44,6 +45,16 @@ RANDOM = "random"
 """Model reference of a tiny Stable Diffusion with seeded random weights."""
 NUM_MERGES = 4000
 """Merges of CLIP's vocabulary that the tiny model's tokenizer has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painted:
+    """A picture, and what the pipeline's safety checker said of it."""
+
+    image_HW3: np.ndarray
+    """uint8 RGB; black where it is flagged."""
+    flagged: bool
+    """Always False where no checker was loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +109,12 @@ class Painter:
     def _autoencoder(self) -> Any:
         return getattr(self.pipeline, "vae", None)
 
+    def paint(self, prompts: Sequence[str], **how: Any) -> list[np.ndarray]:
+        """The pictures alone, uint8 RGB [height, width, 3]; arguments and errors as below."""
+        return [painted.image_HW3 for painted in self.paint_checked(prompts, **how)]
+
     @torch.inference_mode()
-    def paint(
+    def paint_checked(
         self,
         prompts: Sequence[str],
         *,
@@ -109,7 +124,7 @@ class Painter:
         steps: int,
         guidance: float,
         negative_prompt: str = "",
-    ) -> list[np.ndarray]:
+    ) -> list[Painted]:
         """Paint one batch.
 
         Every picture draws from a generator of its own on the CPU, so that it depends on its seed
@@ -125,7 +140,7 @@ class Painter:
             negative_prompt: what the pictures should not show; "": nothing said.
 
         Returns:
-            uint8 RGB pictures [height, width, 3].
+            One picture [height, width, 3] per prompt.
 
         Raises:
             ValueError: the networks gave numbers that are not finite.
@@ -133,7 +148,7 @@ class Painter:
         extra: dict[str, Any] = {}
         if negative_prompt:
             extra["negative_prompt"] = [negative_prompt] * len(prompts)
-        images = self.pipeline(
+        found = self.pipeline(
             prompt=list(prompts),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             height=height,
@@ -142,14 +157,22 @@ class Painter:
             guidance_scale=guidance,
             output_type="pt",
             **extra,
-        ).images
+        )
+        images = found.images
         if not images.isfinite().all():
             raise ValueError(
                 "the pipeline painted numbers that are not finite (some autoencoders overflow in "
                 "half precision): set precision=fp32, or choose another model."
             )
         bytes_B3HW = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
-        return list(bytes_B3HW.permute(0, 2, 3, 1).cpu().numpy())
+        # Only pipelines with a place for a checker have this answer; without one in it, it is None.
+        flagged = getattr(found, "nsfw_content_detected", None) or [False] * len(prompts)
+        return [
+            Painted(image_HW3=image_HW3, flagged=bool(flag))
+            for image_HW3, flag in zip(
+                bytes_B3HW.permute(0, 2, 3, 1).cpu().numpy(), flagged, strict=True
+            )
+        ]
 
 
 def _any_reads(tokenizers: Sequence[PreTrainedTokenizerBase], text: str) -> bool:
@@ -165,30 +188,34 @@ def load_painter(
     *,
     revision: str | None = None,
     scheduler: str | None = None,
+    safety_checker: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Painter:
-    """Load a text-to-image pipeline, without its safety checker (streets, for training only).
+    """Load a text-to-image pipeline.
 
     Args:
         reference: hub id, local folder, builtin:NAME, or "random" (tiny, seeded random weights).
         revision: of a hub model.
         scheduler: class name of a diffusers scheduler; None: the model's own.
+        safety_checker: whether to load and ask the model's own.
         device: where to.
         dtype: of the weights.
         seed: of random weights.
 
     Raises:
         FileNotFoundError: weights that are neither here nor to be fetched.
-        ValueError: an unknown scheduler, or one that the model cannot use.
+        ValueError: an unknown scheduler, or one that the model cannot use; a model without the
+            safety checker asked for.
     """
     if scheduler is not None:
         _scheduler_class(scheduler)
+    how = {"reference": reference, "safety_checker": safety_checker, "dtype": dtype}
     if reference == RANDOM:
         with tempfile.TemporaryDirectory() as folder:
             save_random_painter(Path(folder), seed=seed)
-            pipeline = _load(Source(name=folder, local_only=True), revision=None, dtype=dtype)
+            pipeline = _load(Source(name=folder, local_only=True), revision=None, **how)
     else:
         source = find_model(
             reference,
@@ -197,7 +224,7 @@ def load_painter(
             option="synthesize.model",
             otherwise="Or set synthesize.mode=collect: pictures of data.unlabelled instead.",
         )
-        pipeline = _load(source, revision=revision, dtype=dtype)
+        pipeline = _load(source, revision=revision, **how)
     if scheduler is not None:
         pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -207,15 +234,28 @@ def load_painter(
     return Painter(pipeline=pipeline, untrained=reference == RANDOM)
 
 
-def _load(source: Source, *, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+def _load(
+    source: Source,
+    *,
+    reference: str,
+    revision: str | None,
+    safety_checker: bool,
+    dtype: torch.dtype,
+) -> DiffusionPipeline:
     _quiet()
     where = {"revision": revision, "local_files_only": source.local_only}
     what = f"synthesize.model: {source.name}"
     with refusing_code(what), loading(source.name, option="synthesize.model"):
         parts = DiffusionPipeline.load_config(source.name, **where)
-        unchecked = {}
-        if "safety_checker" in parts:
-            unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    if safety_checker and not names_safety_checker(parts):
+        raise ValueError(
+            f"synthesize.safety_checker is on, but {reference!r} has none (its model_index.json "
+            "names no safety_checker): set it to false, or choose a model that has one."
+        )
+    unchecked = {}
+    if "safety_checker" in parts and not safety_checker:
+        unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    with refusing_code(what), loading(source.name, option="synthesize.model"):
         return AutoPipelineForText2Image.from_pretrained(
             source.name, dtype=dtype, **where, **unchecked
         )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.config import EncoderConfig, TextConfig, TuningConfig, weights_path
+from models.config import EncoderConfig, TextConfig, TuningConfig, name_path, weights_path
 from models.encoders import (
     CLIP_MEAN,
     CLIP_STD,
@@ -35,7 +35,7 @@ from models.vits import ClipVit, PlainEncoder, SamEncoder, TimmVit
 def at_hand(config: EncoderConfig) -> EncoderConfig:
     """The same encoder with references to local folders (builtin:NAME too) as plain paths."""
     found = {}
-    if (folder := weights_path(config.name)) is not None:
+    if (folder := name_path(config.name)) is not None:
         found["name"] = f"local-dir:{folder}"
     if config.weights is not None and (path := weights_path(config.weights)) is not None:
         found["weights"] = str(path)
@@ -144,7 +144,7 @@ def weights_file(reference: str, hub_names: Sequence[str]) -> Path | None:
     Raises:
         FileNotFoundError: a folder without weights, or a path or hub id that leads nowhere.
     """
-    path = Path(reference)
+    path = weights_path(reference) or Path(reference)
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         if not files:

@@ -15,7 +15,7 @@ from stages.data_config import DataConfig, PrepareConfig, WorldConfig
 from stages.judging_config import EvaluateConfig, ValidationConfig
 from stages.protocols import PROTOCOLS
 from stages.run_config import RoundsConfig, RunConfig
-from stages.section import NOT_IN_KEY, Section
+from stages.section import IN_KEY_IF_SET, NOT_IN_KEY, Section
 from stages.training_config import (
     AugmentConfig,
     EmaConfig,
@@ -99,6 +99,11 @@ class SynthesizeConfig(Section):
     vae_tiling: bool = False
     """Decode pictures in overlapping tiles (for sizes that would not fit); where memory is short
     it is turned on without being asked."""
+    safety_checker: Annotated[bool, IN_KEY_IF_SET] = False
+    """Have the model's own safety checker (Stable Diffusion 1.x has one) look for nudity: a picture
+    that it flags is painted black, recorded, and never kept by `select`. Off, because the pictures
+    are streets that a network learns from, and the checker also flags harmless ones; on where
+    people who did not ask for it are shown the pictures."""
     batch_size: int = Field(8, gt=0)
     """Pictures per call of the pipeline."""
     shard_size: int = Field(200, ge=1, le=1000)
@@ -117,6 +122,15 @@ class SynthesizeConfig(Section):
             raise ValueError(
                 f"synthesize.spare is {self.spare:g}, but synthesize.mode=collect paints nothing: "
                 "set spare to 0 and collect more pictures (num_images)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _painted_pictures_are_checked(self) -> Self:
+        if self.safety_checker and self.mode == "collect":
+            raise ValueError(
+                "synthesize.safety_checker is on, but synthesize.mode=collect paints nothing that "
+                "a painter's checker could look at: set it to false"
             )
         return self
 
@@ -278,9 +292,9 @@ class SelfTrainConfig(Section):
     mixing: Literal["none", "classmix"] = "none"
     """classmix: half the classes of a source picture are pasted onto each painted one (ClassMix,
     DACS)."""
-    unlabelled: Literal["negative", "ignore"] = "negative"
-    """Pixels without a label in painted pictures: negative for every mask (as released), or
-    ignored."""
+    unlabelled: Literal["negative", "ignore"] = "ignore"
+    """Pixels without a label in painted pictures: ignored (what refine.rule=agreement leaves out is
+    unknown, not nothing), or negative for every mask (as released, with refine.rule=released)."""
     start_from: Literal["model", "ema"] = "model"
     """Which of the teacher checkpoint's weights the student starts from."""
     rare_class_sampling: float = Field(0.0, ge=0)

@@ -31,6 +31,7 @@ need alone):
                 they were made; index rows: id, file, prompt_id, prompt, seed, model, steps,
                 guidance, negative_prompt, scheduler, untrained, [collected], [spare: painted for
                 want of a better one], [batch_size where it was cut for want of memory], [tiled],
+                [safety_checker: true where it was on], [flagged: true where it made it black],
                 [truth_file: `<id>.truth.png` with its true train ids, where the collected data set
                 has `truth`; only ever compared with].
 `pseudo_label`  shards; files `<id>.label.png` (uint8 train ids, 255 none) and

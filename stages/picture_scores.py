@@ -40,6 +40,8 @@ class PictureScore:
     prompt_id: str | None = None
     spare: bool = False
     """Whether it was painted to stand in for a dropped one."""
+    flagged: bool = False
+    """Whether the painter's safety checker made it black."""
 
 
 def measure(
@@ -120,7 +122,11 @@ def _measure_batch(
 
 
 def _origin(row: Row) -> dict[str, Any]:
-    return {"prompt_id": row.get("prompt_id"), "spare": row.get("spare", False)}
+    return {
+        "prompt_id": row.get("prompt_id"),
+        "spare": row.get("spare", False),
+        "flagged": row.get("flagged", False),
+    }
 
 
 def _similarities(

@@ -137,7 +137,8 @@ def load_painted(
         pictures: the `synthesize` artifact.
         labels: the `pseudo_label` or `refine` artifact; None: samples without labels.
         selection: the `select` artifact; only what it keeps is taken. None: everything but the
-            spare pictures, which only a selection asks for.
+            spare pictures, which only a selection asks for, and those that a safety checker
+            flagged.
 
     Raises:
         ValueError: a kept picture has no label, or nothing is kept.
@@ -152,7 +153,8 @@ def load_painted(
     samples, missing, num_pictures = [], [], 0
     for row in read_index(pictures):
         num_pictures += 1
-        if row["id"] not in kept if kept is not None else row.get("spare", False):
+        left_out = row.get("spare", False) or row.get("flagged", False)
+        if row["id"] not in kept if kept is not None else left_out:
             continue
         if labels is not None and row["id"] not in files:
             missing.append(row["id"])

@@ -1,7 +1,7 @@
 """What every section of a configuration is: frozen, without unknown keys. No torch.
 
 A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and stays out of its
-key.
+key; one that carries `IN_KEY_IF_SET` counts there only where it is not at its default.
 """
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +12,16 @@ class NotInKey:
 
 
 NOT_IN_KEY = NotInKey()
+
+
+class InKeyIfSet:
+    """Marks a field that came later than artifacts worth keeping, whose default changes nothing.
+
+    At its default it stays out of the key, so that they are found again.
+    """
+
+
+IN_KEY_IF_SET = InKeyIfSet()
 
 
 class Section(BaseModel):

@@ -4,7 +4,8 @@
 
 Rule `all` keeps every picture; `confidence` those whose label the teacher is surest of; `checks`
 drops blank pictures, near copies, those that do not fit their prompt, and those the teacher is
-unsure of, each by a threshold of its own.
+unsure of, each by a threshold of its own. What the painter's safety checker flagged is black, and
+no rule keeps it.
 """
 
 from collections import Counter
@@ -22,6 +23,8 @@ from stages.shards import Row, write_json, write_jsonl
 
 NOT_NEEDED = "spare and not needed"
 """Reason of a good spare picture that no dropped one made room for."""
+FLAGGED = "flagged by the safety checker"
+"""Reason of a picture that the painter's own checker made black."""
 
 
 def run(
@@ -60,11 +63,14 @@ def judge(scores: Sequence[PictureScore], section: SelectConfig) -> list[Row]:
     """Decide on every picture, in order.
 
     Of near copies the first that passes everything else is kept. `keep_share` counts over all
-    pictures (ties: by order). A spare picture is kept only in the place of a dropped one: of the
-    same prompt if there is one, else the first.
+    pictures (ties: by order; flagged ones last). A spare picture is kept only in the place of a
+    dropped one: of the same prompt if there is one, else the first.
     """
     num_best = max(1, round(section.keep_share * len(scores)))
-    ranked = sorted(range(len(scores)), key=lambda place: (-scores[place].mean_confidence, place))
+    ranked = sorted(
+        range(len(scores)),
+        key=lambda place: (scores[place].flagged, -scores[place].mean_confidence, place),
+    )
     best = {scores[place].id for place in ranked[:num_best]}
     kept_hashes: list[int] = []
     kept_ids: list[str] = []
@@ -104,6 +110,8 @@ def _place_spares(rows: Sequence[Row], scores: Sequence[PictureScore]) -> None:
 
 def _reasons(score: PictureScore, section: SelectConfig, *, among_best: bool) -> list[str]:
     """Every threshold that a picture fails."""
+    if score.flagged:
+        return [FLAGGED]
     if section.rule == "all":
         return []
     faults = {

@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.hub import model_label
-from models.painter import Painter, load_painter
+from models.painter import Painted, Painter, load_painter
 from stages.config import StageConfig, SynthesizeConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device
@@ -72,9 +72,12 @@ def run(
     verb = "collected" if config.synthesize.mode == "collect" else "painted"
     noise = any(row["untrained"] for row in islice(read_index(out), 1))
     remark = ", by an untrained model: noise" if noise else ""
+    numbers = {"pictures": len(job.items), "shards": num_shards}
+    if config.synthesize.safety_checker:
+        numbers["flagged"] = sum(row.get("flagged", False) for row in read_index(out))
+        remark += f", {numbers['flagged']} flagged by the safety checker"
     return Summary(
-        text=f"{len(job.items)} pictures {verb} in {num_shards} shards{remark}",
-        numbers={"pictures": len(job.items), "shards": num_shards},
+        text=f"{len(job.items)} pictures {verb} in {num_shards} shards{remark}", numbers=numbers
     )
 
 
@@ -109,6 +112,7 @@ def _painting(config: StageConfig, *, prompts: Path | None) -> ShardJob:
             section.model,
             revision=section.revision,
             scheduler=section.scheduler,
+            safety_checker=section.safety_checker,
             device=device.device,
             dtype=device.dtype,
             seed=config.seed,
@@ -171,24 +175,27 @@ class Easel:
         with ThreadPoolExecutor(max_workers=SAVE_THREADS) as pool:
             for start in range(0, len(commissions), size):
                 batch = commissions[start : start + size]
-                for ordered, picture, painted_with in self._paint(batch):
+                for ordered, painted, painted_with in self._paint(batch):
                     row = self._row(ordered)
+                    if painted.flagged:
+                        row["flagged"] = True
                     if painted_with < len(batch):
                         row["batch_size"] = painted_with
                     if self.painter.in_tiles:
                         row["tiled"] = True
-                    saved.append(pool.submit(save_picture, folder / row["file"], picture, row))
+                    path = folder / row["file"]
+                    saved.append(pool.submit(save_picture, path, painted.image_HW3, row))
                     rows.append(row)
                 self.progress.advance(len(batch))
             for future in saved:
                 future.result()
         return rows
 
-    def _paint(self, batch: Sequence[Commission]) -> Iterator[tuple[Commission, np.ndarray, int]]:
+    def _paint(self, batch: Sequence[Commission]) -> Iterator[tuple[Commission, Painted, int]]:
         """Paint a batch; where memory does not suffice, with less at a time."""
         section = self.section
         try:
-            pictures = self.painter.paint(
+            pictures = self.painter.paint_checked(
                 [ordered.prompt for ordered in batch],
                 seeds=[ordered.seed for ordered in batch],
                 height=section.height,
@@ -234,6 +241,8 @@ class Easel:
 
     def _row(self, ordered: Commission) -> Row:
         told = {"spare": True} if ordered.spare else {}
+        if self.section.safety_checker:
+            told["safety_checker"] = True
         return told | {
             "id": ordered.id,
             "file": f"{ordered.id}.{self.section.format}",

@@ -400,6 +400,20 @@ def test_check_says_what_is_unused_or_empty(streets, capsys):
     assert "at least one labelled" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("synthesize.safety_checker=true", "'random' has none"),
+        ("pseudo_label.class_thresholds={raod: 0.5}", "'raod' is no class .*did you mean 'road'"),
+    ],
+)
+def test_check_refuses_what_would_stop_a_stage_later(streets, capsys, setting, said):
+    _, arguments = streets
+    more = ["--set", "synthesize.model=random", "--set", setting]
+    assert main(["check", *arguments, *more]) == 1
+    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+
+
 def test_judging_an_average_that_nobody_keeps_stops_before_the_run(tmp_path, capsys):
     options = ["--recipe", "tiny", "--artifacts", str(tmp_path), "--set", "evaluate.weights=ema"]
     assert main(["run", *options]) == 2

@@ -28,8 +28,12 @@ def test_every_shipped_recipe_is_valid_and_described(name):
 @pytest.mark.parametrize("name", sorted(recipe_files()))
 def test_what_rule_agreement_leaves_out_is_trained_as_unknown(name):
     recipe = load_recipe(name)
-    if recipe.rounds.count and recipe.refine.rule == "agreement":
+    if recipe.refine.rule == "agreement":
         assert recipe.self_train.unlabelled == "ignore"
+
+
+def test_defaults_fit_each_other_as_the_recipes_do():
+    assert (Recipe().refine.rule, Recipe().self_train.unlabelled) == ("agreement", "ignore")
 
 
 @pytest.mark.parametrize("name", sorted(n for n in recipe_files() if n.endswith("_released")))
@@ -306,3 +310,45 @@ def test_weights_and_label_space_count_in_the_keys(tmp_path):
 
     assert any("select.clip_weights" in line for line in found("select@1"))
     assert found("prepare") == ["files of label space changed"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [("refine@1", "refine.weights"), ("train_source", "segmenter.encoder.weights")],
+)
+def test_a_folder_with_a_bare_name_counts_by_what_is_in_it(tmp_path, monkeypatch, stage, field):
+    """As it is loaded: from the folder, not from a hub."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "somefolder" / "weights.safetensors"
+    file.parent.mkdir()
+    instance = build(load_recipe("camvid", [f"{field}=somefolder"]))[stage]
+    found = []
+    for content in ("first", "second", "first"):
+        file.write_text(content)
+        store = Store(tmp_path / content)
+        found.append(ingredients(instance, {}, store)["weights"][field])
+    assert found[0] == found[2] != found[1]
+    assert found[0].startswith("local:")
+
+
+def test_a_folder_called_as_an_architecture_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RN50").mkdir()
+    instance = build(load_recipe("camvid", ["segmenter.encoder.name=RN50"]))["train_source"]
+    found = ingredients(instance, {}, Store(tmp_path / "store"))["weights"]
+    assert found["segmenter.encoder.name"] == "hub:RN50@main"
+
+
+def test_a_setting_that_came_later_counts_only_where_it_is_set(tmp_path):
+    """So that pictures painted before the setting was there are found again."""
+    plain, default, checked = (
+        ingredients(build(load_recipe("tiny", settings))["synthesize"], {}, Store(tmp_path))
+        for settings in (
+            [],
+            ["synthesize.safety_checker=false"],
+            ["synthesize.safety_checker=true"],
+        )
+    )
+    assert "safety_checker" not in plain["config"]["synthesize"]
+    assert plain == default
+    assert list(differences(plain, checked)) == ["synthesize.safety_checker: (absent) -> True"]

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from models.painter import known_schedulers, load_painter, save_random_painter
+from tests.small_painters import save_checked_painter
 
 HOW = {"height": 64, "width": 128, "steps": 2, "guidance": 1.0}
 PROMPTS = ["A street at dusk.", "A foggy road with a bus."]
@@ -96,6 +97,23 @@ def test_a_folder_is_loaded_as_random_is_and_has_no_safety_checker(tmp_path, pai
     assert not loaded.untrained
     ours, theirs = (p.paint(PROMPTS, seeds=[1, 2], **HOW) for p in (painter, loaded))
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_models_safety_checker_looks_only_where_it_is_asked_for(tmp_path, asked):
+    """This one flags whatever it is shown."""
+    painter = load_painter(str(save_checked_painter(tmp_path)), safety_checker=asked)
+    assert (painter.pipeline.safety_checker is not None) is asked
+    painted = painter.paint_checked(PROMPTS, seeds=[1, 2], **HOW)
+    assert [one.flagged for one in painted] == [asked, asked]
+    assert [bool(one.image_HW3.any()) for one in painted] == [not asked, not asked]
+
+
+def test_a_checker_asked_of_a_model_that_has_none_is_refused(tmp_path):
+    save_random_painter(tmp_path, seed=0)
+    for reference in ("random", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"safety_checker is on, but .* has none .*to false"):
+            load_painter(reference, safety_checker=True)
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
@@ -178,6 +196,8 @@ def test_stable_diffusion_xl_is_loaded_by_the_same_call(tmp_path):
     save_tiny_xl(tmp_path)
     painter = load_painter(str(tmp_path / "xl"), scheduler="EulerDiscreteScheduler")
     assert isinstance(painter.pipeline, StableDiffusionXLPipeline)
+    with pytest.raises(ValueError, match="names no safety_checker"):
+        load_painter(str(tmp_path / "xl"), safety_checker=True)
     how = HOW | {"guidance": 3.0}
     together = painter.paint(PROMPTS, seeds=[1, 2], negative_prompt="fog", **how)
     (alone,) = painter.paint(PROMPTS[1:], seeds=[2], negative_prompt="fog", **how)

@@ -12,7 +12,7 @@ from stages.augment import mix_classes
 from stages.batches import MixedBatches
 from stages.labels import IGNORE
 from stages.readers import load_painted
-from stages.shards import read_index, write_jsonl
+from stages.shards import read_index, read_jsonl, write_jsonl
 from stages.trust import DoubtedSample, belief, floors_of, sure_share, trusted
 from tests.test_stages_batches import CROP, PLAIN, make_samples, same
 from tests.tiny import (
@@ -214,6 +214,14 @@ def test_noisy_pixels_lose_their_labels(painted):
         if number == 4:
             assert dropped.any()
         assert not dropped[~unsure].any()
+
+
+def test_without_a_selection_spare_and_flagged_pictures_are_left_out(painted):
+    index = painted["pictures"] / "shard-00000" / "index.jsonl"
+    marks = {"p1": {"spare": True}, "p3": {"flagged": True}}
+    write_jsonl(index, [row | marks.get(row["id"], {}) for row in read_jsonl(index)])
+    samples = load_painted(painted["pictures"], None)
+    assert [sample.id for sample in samples] == ["painted/p0", "painted/p2", "painted/p4"]
 
 
 def test_labels_of_other_pictures_are_no_evidence(painted, tmp_path):

@@ -1,6 +1,7 @@
 """Stage select: which pictures are kept, and why."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from stages import select
 from stages.config import SelectConfig
 from stages.picture_scores import PictureScore
-from stages.select import judge
+from stages.select import FLAGGED, judge
 from stages.shards import read_jsonl, write_json, write_jsonl
 from tests.interruptions import digests
 from tests.tiny import Told, stage_config, street, tiny_recipe
@@ -214,6 +215,24 @@ def test_spares_of_other_prompts_stand_in_where_there_is_none_of_the_own():
 @pytest.mark.parametrize("rule", ["all", "confidence"])
 def test_no_spare_is_kept_where_nothing_is_dropped(rule):
     assert kept(judge(spare_scores(), SelectConfig(rule=rule))) == "abcd"
+
+
+@pytest.mark.parametrize("rule", ["all", "confidence"])
+def test_no_rule_keeps_a_flagged_picture_and_a_spare_stands_in(rule):
+    scores = [replace(s, flagged=s.id in "ad", mean_confidence=0.9) for s in spare_scores()]
+    rows = judge(scores, SelectConfig(rule=rule))
+    assert [row["reasons"] for row in rows if row["id"] in "ad"] == [[FLAGGED]] * 2
+    assert {row["replaces"] for row in rows if "replaces" in row} == {"a", "d"}
+
+
+def test_flagged_pictures_take_no_place_among_the_best_and_are_counted(tmp_path, inputs):
+    index = inputs[0] / "shard-00000" / "index.jsonl"
+    marked = [row | ({"flagged": True} if row["id"] == "a" else {}) for row in read_jsonl(index)]
+    write_jsonl(index, marked)
+    rows, _ = selected(tmp_path / "out", inputs, rule="confidence", keep_share=0.4)
+    assert kept(rows) == "cd"
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert statistics["reasons"][FLAGGED] == 1
 
 
 def with_spares(inputs, spares):

@@ -14,6 +14,7 @@ from stages.prompt_files import read_prompts
 from stages.shards import item_seed, read_index, shard_folders, write_json, write_jsonl
 from stages.synthesize import commission
 from tests.interruptions import Interrupted, Interrupting, digests
+from tests.small_painters import save_checked_painter
 from tests.tiny import Told, stage_config, street, tiny_recipe
 
 torch.set_num_threads(1)
@@ -150,7 +151,7 @@ def test_other_seeds_paint_other_pictures(tmp_path, prompts):
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_recorded(
     tmp_path, prompts, monkeypatch
 ):
-    paint, sizes = Painter.paint, []
+    paint, sizes = Painter.paint_checked, []
 
     def paint_little(self, texts, **how):
         sizes.append(len(texts))
@@ -158,7 +159,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_recorded(
             raise torch.OutOfMemoryError("not enough")
         return paint(self, texts, **how)
 
-    monkeypatch.setattr(Painter, "paint", paint_little)
+    monkeypatch.setattr(Painter, "paint_checked", paint_little)
     told = Told()
     rows, _ = made(tmp_path / "out", prompts=prompts, num_images=3, batch_size=3, progress=told)
     assert sizes == [3, 3, 2, 1, 1, 1]
@@ -234,6 +235,34 @@ def test_spare_pictures_come_last_and_change_no_other(tmp_path, prompts):
     assert summary.text.startswith("6 pictures painted")
 
 
+def test_what_the_safety_checker_flags_is_black_recorded_and_told(tmp_path, prompts):
+    how = {"prompts": prompts, "num_images": 3, "model": str(tmp_path / "model")}
+    save_checked_painter(tmp_path / "model")
+    plain, summary = made(tmp_path / "plain", **how)
+    assert not any(row.keys() & {"safety_checker", "flagged"} for row in plain)
+    assert "flagged" not in summary.text
+    like = plain[1]["folder"] / plain[1]["file"]
+    save_checked_painter(tmp_path / "model", like=like)
+    rows, summary = made(tmp_path / "out", **how, safety_checker=True)
+    assert [row.get("flagged", False) for row in rows] == [False, True, False]
+    assert [row["safety_checker"] for row in rows] == [True] * 3
+    for row, before in zip(rows, plain, strict=True):
+        with (
+            Image.open(row["folder"] / row["file"]) as picture,
+            Image.open(before["folder"] / before["file"]) as unchecked,
+        ):
+            assert picture.text["safety_checker"] == "True"
+            seen = np.asarray(picture)
+            assert np.array_equal(seen, 0 * seen if "flagged" in row else np.asarray(unchecked))
+    assert summary.text.endswith("1 flagged by the safety checker")
+    assert summary.numbers["flagged"] == 1
+
+
+def test_collected_pictures_have_no_painter_to_check_them():
+    with pytest.raises(ValueError, match=r"safety_checker is on, .*collect paints nothing"):
+        tiny_recipe(synthesize={"mode": "collect", "safety_checker": True})
+
+
 def test_spare_pictures_cannot_be_collected():
     with pytest.raises(ValueError, match=r"synthesize\.spare is 0\.5.*paints nothing"):
         tiny_recipe(synthesize={"mode": "collect", "spare": 0.5})
@@ -245,7 +274,7 @@ def test_a_single_picture_that_does_not_fit_is_an_error_with_a_way_out(
     def paint_nothing(self, texts, **how):
         raise torch.OutOfMemoryError("not enough")
 
-    monkeypatch.setattr(Painter, "paint", paint_nothing)
+    monkeypatch.setattr(Painter, "paint_checked", paint_nothing)
     with pytest.raises(MemoryError, match="smaller size"):
         made(tmp_path / "out", prompts=prompts)
 
