@@ -1,4 +1,4 @@
-"""Which classes the published refinement rules treat in ways of their own, in any label space.
+"""The classes that published rules name, found in any label space of Cityscapes' classes.
 
     classes = RuleClasses.of(label_space.names)
 
