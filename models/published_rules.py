@@ -186,13 +186,6 @@ def thing_prompts(
     The box surrounds the component's smallest rotated rectangle, grown on every side by area x
     `unclip` / perimeter of that rectangle. The component's pixels, in scan order, are split into
     two halves; in each the pixel whose neighbourhood has the lowest entropy of labels is a point.
-
-    Args:
-        label_map_HW: uint8 train ids.
-        things: ids of the thing classes (`RuleClasses.things`).
-        min_area_px: smallest component, whatever the picture's size.
-        unclip: how generous the box is.
-        radius_px: of the neighbourhood; `entropy_radius_px` fits it to small pictures.
     """
     labels, boxes, points = [], [], []
     entropy_HW = label_entropy(label_map_HW, radius_px=radius_px)
@@ -215,14 +208,6 @@ def thing_prompts(
         boxes_P4=np.array(boxes, np.float32).reshape(-1, 4),
         points_P22=np.array(points, np.float32).reshape(-1, 2, 2),
     )
-
-
-def entropy_radius_px(size: tuple[int, int]) -> int:
-    """SeCo's radius of 8 px; below 128 px a sixteenth of the shorter side of (height, width).
-
-    The published window (17 px) would span a quarter of a picture 64 px high.
-    """
-    return min(8, max(1, min(size) // 16))
 
 
 def label_entropy(label_map_HW: np.ndarray, *, radius_px: int) -> np.ndarray:

@@ -16,7 +16,6 @@ from models.masks import (
     refined_label_map,
 )
 from models.published_rules import (
-    entropy_radius_px,
     guided_rule,
     majority_rule,
     paint_masks,
@@ -215,14 +214,8 @@ class Refinement:
         return Outcome(label_HW=after_HW, prompted=[], iou=[], counts=counts)
 
     def _stuff_things(self, subjects: Sequence[Subject]) -> list[Outcome]:
-        asked = [
-            thing_prompts(
-                subject.label_HW,
-                things=self.classes.things,
-                radius_px=entropy_radius_px(subject.label_HW.shape),
-            )
-            for subject in subjects
-        ]
+        things = self.classes.things
+        asked = [thing_prompts(subject.label_HW, things=things) for subject in subjects]
         prompts = [
             point_prompts(list(own.points_P22), boxes_P4=own.boxes_P4) if own.labels else _NOTHING
             for own in asked

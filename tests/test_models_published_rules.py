@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from models.published_rules import (
     VOID,
-    entropy_radius_px,
     guided_rule,
     label_entropy,
     majority_rule,
@@ -276,14 +275,6 @@ def test_points_lie_where_the_neighbourhood_is_least_mixed():
     labels = canvas(ROAD=(ALL, slice(0, 15)), CAR=(ALL, slice(15, 30)))
     points = thing_prompts(labels, things=CLASSES.things, radius_px=2).points_P22[0]
     assert (points[:, 0] >= 17).all()
-
-
-@pytest.mark.parametrize(
-    ("size", "radius"),
-    [((1024, 2048), 8), ((768, 768), 8), ((128, 256), 8), ((64, 128), 4), ((8, 8), 1)],
-)
-def test_the_window_is_the_published_one_but_in_small_pictures(size, radius):
-    assert entropy_radius_px(size) == radius
 
 
 def test_no_thing_no_prompts():
