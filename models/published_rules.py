@@ -186,6 +186,15 @@ def thing_prompts(
     The box surrounds the component's smallest rotated rectangle, grown on every side by area x
     `unclip` / perimeter of that rectangle. The component's pixels, in scan order, are split into
     two halves; in each the pixel whose neighbourhood has the lowest entropy of labels is a point.
+
+    Args:
+        label_map_HW: uint8 train ids.
+        things: ids of the thing classes (`RuleClasses.things`).
+        min_area_px: smallest component. This and the radius are as published for Cityscapes'
+            pictures, whatever the picture's size.
+        unclip: how generous the box is.
+        radius_px: of the neighbourhood. At 64x128 radii of 8, 4 and 2 gave labels equally good
+            (27.5, 27.4 and 27.5 mIoU on 40 web pictures of the miniature).
     """
     labels, boxes, points = [], [], []
     entropy_HW = label_entropy(label_map_HW, radius_px=radius_px)
