@@ -80,7 +80,7 @@ def test_control_trains_on_the_source_alone(world, tmp_path):
     [
         {"painted_share": 0.25},
         {"painted_weight": 0.5},
-        {"unlabelled": "ignore"},
+        {"unlabelled": "negative"},
         {"start_from": "ema"},
         {"labels": "none"},
     ],
