@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flows.beside import threads_each
 from flows.engine import Engine
 from flows.pipeline import Instance
 from flows.recipes import ConfigError, nearest
@@ -260,9 +261,18 @@ def everything(engine: Engine) -> Iterator[Finding]:
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     yield Finding(what="memory", state="ok", text=f"{pages * page_bytes / 2**30:.1f} GiB")
     yield Finding(what="cores", state="ok", text=str(os.cpu_count()))
+    yield from _beside(engine.recipe.run.beside)
     yield from _device(engine.recipe)
     # A folder that is not there cannot be read either: its error stands above once.
     yield from (finding for finding in _label_values(engine.recipe) if finding.text not in told)
+
+
+def _beside(count: int) -> Iterator[Finding]:
+    """What each of several stages at once has of this machine."""
+    if count > 1:
+        threads = os.environ.get("OMP_NUM_THREADS") or threads_each(count)
+        text = f"{count} stages at once, {threads} threads each, on GPUs one at a time per GPU"
+        yield Finding(what="run.beside", state="ok", text=text)
 
 
 def _device(recipe: Any) -> Iterator[Finding]:

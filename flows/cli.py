@@ -278,7 +278,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from stages.launch import execute
 
     logging.getLogger().setLevel(engine.recipe.run.log_level.upper())
-    with console.Console() as listener:
+    with console.Console(beside=engine.recipe.run.beside) as listener:
         record = run(
             engine,
             chosen,

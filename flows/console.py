@@ -1,10 +1,12 @@
 """What the command line prints: progress, plans, tables, errors. Quiet where nobody watches."""
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,11 @@ def size(num_bytes: float | None) -> str:
 class Console:
     """Listens to a run: a progress bar where somebody watches, one line per finished stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, beside: int = 1) -> None:
+        self._beside = beside
+        """Stages at once: with several, every line names its own."""
         self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
         self._noted: set[str] = set()
 
     def __enter__(self) -> "Console":
@@ -84,22 +89,33 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        say(text)
+        with self._without_bars():
+            say(text)
 
     def stage_started(self, instance: Instance, resumes: str | None) -> Progress:
         """Begin a bar; the stage's progress moves it."""
         if resumes:
-            say(f"{instance.name}: goes on from {resumes}")
+            self.say(f"{instance.name}: goes on from {resumes}")
+        elif self._beside > 1 and not sys.stderr.isatty():
+            self.say(f"{instance.name}: started")
         return self.task(instance.name)
 
     def task(self, name: str) -> Progress:
         """Begin a bar of this name."""
+        note = partial(self._note, name)
         if not sys.stderr.isatty():
-            return _Quiet(name, self._note)
+            return _Quiet(name, note)
+        if self._bars is None:
+            self._bars = self._new_bars()
+            self._bars.start()
+        self._tasks[name] = self._bars.add_task(name, total=None, unit="", metrics="")
+        return _Bar(self._bars, self._tasks[name], note)
+
+    def _new_bars(self) -> Any:
         from rich import progress
         from rich.console import Console as RichConsole
 
-        self._bars = progress.Progress(
+        return progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
@@ -109,32 +125,44 @@ class Console:
             console=RichConsole(stderr=True),
             transient=True,
         )
-        self._bars.start()
-        return _Bar(self._bars, name, self._note)
 
-    def _note(self, text: str) -> None:
+    def _note(self, name: str, text: str) -> None:
         """A stage's note, once: every stage tells the same of its device."""
         if text not in self._noted:
             self._noted.add(text)
-            say(f"  {text}") if self._bars is None else self._bars.console.print(f"  {text}")
+            line = f"  {name}: {text}" if self._beside > 1 else f"  {text}"
+            say(line) if self._bars is None else self._bars.console.print(line)
 
     def stage_finished(self, instance: Instance, result: Result) -> None:
         """One line: what, how many, how long, where."""
-        self._stop_bars()
+        if self._bars is not None and instance.name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(instance.name))
+        if not self._tasks:
+            self._stop_bars()
         how = "cached" if result.cached else duration(result.seconds)
-        say(f"{instance.name:<24} {how:>12}  {result.text}  [{place(result.artifact.folder)}]")
+        where = place(result.artifact.folder)
+        self.say(f"{instance.name:<24} {how:>12}  {result.text}  [{where}]")
+
+    @contextlib.contextmanager
+    def _without_bars(self) -> Iterator[None]:
+        """Take the bars of what still runs off the terminal while a line is printed above them."""
+        if self._bars is not None:
+            self._bars.stop()
+        yield
+        if self._bars is not None:
+            self._bars.start()
 
     def _stop_bars(self) -> None:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
+            self._tasks.clear()
 
 
 class _Bar:
-    def __init__(self, bars: Any, name: str, note: Callable[[str], None]) -> None:
-        self._bars = bars
+    def __init__(self, bars: Any, task: Any, note: Callable[[str], None]) -> None:
+        self._bars, self._task = bars, task
         self.note = note
-        self._task = bars.add_task(name, total=None, unit="", metrics="")
 
     def start(self, total: int, unit: str, *, done: int = 0) -> None:
         self._bars.update(self._task, total=total, completed=done, unit=unit)

@@ -288,8 +288,22 @@ class Engine:
 
     # Running
 
-    def run_one(self, instance: Instance, *, listener: Listener, execute: Executor) -> Result:
+    def run_one(
+        self,
+        instance: Instance,
+        *,
+        listener: Listener,
+        execute: Executor,
+        in_child: bool = False,
+    ) -> Result:
         """Run one instance unless its artifact is there and whole.
+
+        Args:
+            instance: which.
+            listener: told what happens.
+            execute: runs the stage.
+            in_child: whether that is always in a child. Then this process's own memory, which
+                may serve other instances at the same time, is not the stage's.
 
         Raises:
             MissingNeedError: an input is not there.
@@ -308,7 +322,7 @@ class Engine:
                 self._found.pop(instance.name, None)
                 if whole := self._whole(instance, key):
                     return self._done(instance, whole, listener)
-            result = self._make(instance, key, found, listener, execute, lock)
+            result = self._make(instance, key, found, listener, execute, lock, in_child)
         self._forced.add(instance.name)
         self._found[instance.name] = result.artifact
         if pinned is not None:
@@ -359,6 +373,7 @@ class Engine:
         listener: Listener,
         execute: Executor,
         lock: int,
+        in_child: bool,
     ) -> Result:
         name = instance.name
         staging = self.store.staging(name, key)
@@ -371,13 +386,14 @@ class Engine:
         listening = listener.stage_started(instance, resumes)
         told = KeptProgress(self.store.progress_file(name, key), listening)
         started, clock = now(), time.perf_counter()
-        forget_peak()  # what stages before this one left loaded still counts
+        if not in_child:
+            forget_peak()  # what stages before this one left loaded still counts
         try:
             summary = execute(self.spec(instance, staging), told, lock)
         except Exception as error:
             told.save()
             if is_out_of_memory(error):
-                error = _with_advice(error, instance)
+                error = _with_advice(error, instance, self.recipe.run.beside if in_child else 1)
             kept = self._keep_failure(name, key, error)
             raise StageError(name, error, kept) from error
         except BaseException:  # Ctrl-C, exit, or Prefect's signal that the run was cancelled
@@ -400,7 +416,9 @@ class Engine:
             "started": started,
             "finished": now(),
             "seconds": round(time.perf_counter() - clock, 3),
-            "peak_memory_bytes": max(peak_memory_bytes(), summary.peak_memory_bytes),
+            "peak_memory_bytes": max(
+                0 if in_child else peak_memory_bytes(), summary.peak_memory_bytes
+            ),
             "run_id": self.run_id,
             "prefect_run_id": self.prefect_run_id,
             **provenance.facts(),
@@ -478,9 +496,11 @@ def _config_of(instance: Instance) -> dict[str, Any]:
     }
 
 
-def _with_advice(error: Exception, instance: Instance) -> MemoryError:
-    """An error for want of memory that says what helps."""
+def _with_advice(error: Exception, instance: Instance, beside: int) -> MemoryError:
+    """An error for want of memory that says what helps, beside others too."""
     advice = instance.contract.saves_memory
+    if beside > 1:
+        advice = "; ".join(filter(None, [advice, "fewer stages at once (run.beside=1)"]))
     told = str(error).partition("\n")[0] or type(error).__name__
     helps = f" What needs less: {advice}." if advice and advice not in told else ""
     full = MemoryError(f"memory does not suffice: {told}.{helps} What is finished is kept.")

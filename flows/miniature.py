@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verb == "ship":
             networks = [arguments.network] if arguments.network else NETWORKS
             return ship(engine, Path(arguments.into), networks, below_gate=arguments.below_gate)
-        with console.Console() as listener:
+        with console.Console(beside=engine.recipe.run.beside) as listener:
             run(
                 engine,
                 chosen,

@@ -14,6 +14,7 @@ progress, summary) is told as well as the server takes it, and never stops a sta
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
@@ -138,6 +139,8 @@ def clouds(
             selected,
             listener=desk,
             execute=desk.execute,
+            execute_beside=desk.execute,
+            choose_gpus=None,
             overrides=overrides,
             around=desk.as_task,
         )
@@ -254,18 +257,30 @@ class _Desk:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.results: dict[str, Result] = {}
-        self._bar: _Bar | None = None
+        self._bars: dict[str, _Bar] = {}
 
     def as_task(self, instance: Instance, run_it: Callable[[], Result]) -> Result:
         """Run an instance as a Prefect task."""
         _as_task.with_options(name=instance.stage)(instance.name, self, run_it)
         return self.results[instance.name]
 
-    def execute(self, spec: Mapping[str, Any], progress: Progress, lock: int) -> Summary:
-        """Run a stage in a child process, with a slot for every GPU it will compute on."""
-        with self._slots(spec) as env:
+    def execute(
+        self,
+        spec: Mapping[str, Any],
+        progress: Progress,
+        lock: int,
+        *,
+        env: Mapping[str, str] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Summary:
+        """Run a stage in a child process, with a slot for every GPU it will compute on.
+
+        `env` and `stop` are for stages that run beside each other (see `flows/beside.py`).
+        """
+        with self._slots(spec) as gpus:
             timeout_s = self.engine.recipe.run.stage_timeout_s
-            return run_child(spec, progress, timeout_s, keep_fds=(lock,), env=env)
+            env = {**(env or {}), **gpus}
+            return run_child(spec, progress, timeout_s, keep_fds=(lock,), env=env, stop=stop)
 
     @contextlib.contextmanager
     def _slots(self, spec: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
@@ -305,14 +320,13 @@ class _Desk:
         """A stage begins; long ones get a progress bar."""
         if resumes:
             self.say(f"{instance.name}: goes on from {resumes}")
-        self._bar = _Bar(instance.name)
-        return self._bar
+        self._bars[instance.name] = _Bar(instance.name)
+        return self._bars[instance.name]
 
     def stage_finished(self, instance: Instance, result: Result) -> None:
         """A line in the log; for an evaluation a table."""
-        if self._bar is not None:
-            self._bar.finish()
-            self._bar = None
+        if (bar := self._bars.pop(instance.name, None)) is not None:
+            bar.finish()
         how = "cached" if result.cached else f"{result.seconds:.1f} s"
         self.say(f"{instance.name}: {how}, {result.text} [{result.artifact.folder}]")
         if instance.stage == "evaluate":

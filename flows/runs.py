@@ -1,4 +1,6 @@
-"""One run: check, then every selected instance in order, recorded as it goes.
+"""One run: check, then every selected instance, recorded as it goes.
+
+They run in the order of the plan, one after the other or (`run.beside`) several at once.
 
 The same procedure serves the command line and the Prefect flow; only listener and executor differ.
 """
@@ -10,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flows.beside import Around, ChildExecutor, ChooseGpus, in_child, run_beside
 from flows.check import preflight
 from flows.engine import Engine
+from flows.gpus import own_gpus
 from flows.pipeline import Instance, select
 from flows.recipes import load_recipe
-from flows.steps import Executor, Listener, Result, StageError
+from flows.steps import Artifact, Executor, Listener, Result, StageError
 from flows.store import Store
 
 
@@ -69,7 +73,9 @@ def run(
     execute: Executor,
     overrides: Sequence[str] = (),
     study: str | None = None,
-    around: Callable[[Instance, Callable[[], Result]], Result] = _directly,
+    around: Around = _directly,
+    execute_beside: ChildExecutor = in_child,
+    choose_gpus: ChooseGpus | None = own_gpus,
 ) -> dict[str, Any]:
     """Run the selected instances; what is done already is skipped.
 
@@ -81,6 +87,8 @@ def run(
         overrides: for the record.
         study: for the record, which study the run is a part of: `latest/` does not follow it.
         around: calls what runs an instance (again, if a retry is worth it), for example as a task.
+        execute_beside: in place of `execute` where `run.beside` stages run at once.
+        choose_gpus: gives each of those GPUs of its own; None: `execute_beside` does.
 
     Returns:
         The run's record, as written to `artifacts/runs/`.
@@ -99,12 +107,21 @@ def run(
         record["uses"] = engine.found_keys()
         engine.store.write_run(record)
     try:
-        for instance in selected:
-            run_it = partial(engine.run_one, instance, listener=listener, execute=execute)
-            result = around(instance, run_it)
-            note_result(record, engine, result)
-            if not result.cached:
-                engine.store.write_run(record)
+        noted = _Noted(record, engine, selected)
+        if engine.recipe.run.beside > 1:
+            run_beside(
+                engine,
+                selected,
+                listener=listener,
+                execute=execute_beside,
+                around=around,
+                done=noted.add,
+                choose_gpus=choose_gpus,
+            )
+        else:
+            for instance in selected:
+                run_it = partial(engine.run_one, instance, listener=listener, execute=execute)
+                noted.add(around(instance, run_it))
         record["status"] = "completed"
     except StageError as error:
         record["status"] = "failed"
@@ -141,25 +158,46 @@ def _new_record(engine: Engine, overrides: Sequence[str], study: str | None) -> 
     }
 
 
-def note_result(record: dict[str, Any], engine: Engine, result: Result) -> None:
-    """Add an instance's outcome to the record, and let `latest/` follow (not to studies)."""
-    artifact = result.artifact
-    record["instances"][artifact.name] = {
-        "key": artifact.key,
-        "folder": artifact.folder.relative_to(engine.store.root).as_posix(),
-        "digest": artifact.manifest["digest"],
-        "cached": result.cached,
-        "seconds": result.seconds,
-        "text": result.text,
-    }
-    targets = {
-        "report": ("report.html", artifact.folder / "report.html"),
-        "train_source": ("model", artifact.folder),
-        "self_train": ("model", artifact.folder),
-    }
-    name, target = targets.get(artifact.manifest["stage"], (None, Path()))
-    if name and target.exists() and not record.get("study"):
-        engine.store.point_latest(name, target)
+class _Noted:
+    """Keeps a run's record, and lets `latest/` follow (not to studies), in the plan's order."""
+
+    def __init__(
+        self, record: dict[str, Any], engine: Engine, selected: Sequence[Instance]
+    ) -> None:
+        self._record, self._engine = record, engine
+        self._places = {instance.name: place for place, instance in enumerate(selected)}
+        self._latest: dict[str, int] = {}
+
+    def add(self, result: Result) -> None:
+        """Add an instance's outcome."""
+        artifact, listed = result.artifact, self._record["instances"]
+        listed[artifact.name] = {
+            "key": artifact.key,
+            "folder": artifact.folder.relative_to(self._engine.store.root).as_posix(),
+            "digest": artifact.manifest["digest"],
+            "cached": result.cached,
+            "seconds": result.seconds,
+            "text": result.text,
+        }
+        in_order = sorted(listed.items(), key=lambda entry: self._places[entry[0]])
+        self._record["instances"] = dict(in_order)
+        if not self._record.get("study"):
+            self._follow(artifact)
+        if not result.cached:
+            self._engine.store.write_run(self._record)
+
+    def _follow(self, artifact: Artifact) -> None:
+        """Point `latest/` at it, unless what comes later in the plan was finished before."""
+        targets = {
+            "report": ("report.html", artifact.folder / "report.html"),
+            "train_source": ("model", artifact.folder),
+            "self_train": ("model", artifact.folder),
+        }
+        name, target = targets.get(artifact.manifest["stage"], (None, Path()))
+        place = self._places[artifact.name]
+        if name and target.exists() and place >= self._latest.get(name, 0):
+            self._latest[name] = place
+            self._engine.store.point_latest(name, target)
 
 
 def _now() -> str:

@@ -28,6 +28,7 @@ class StudyConsole(console.Console):
 
     def trial_finished(self, trial: Trial, outcomes: Sequence[Outcome], failures: int) -> None:
         """Its results in one line."""
+        self._stop_bars()  # of what failed
         found = {one.model: one.mean for one in outcomes}
         words = [
             f"{model} {console.percent(found[model]) if model in found else 'missing'}"

@@ -86,7 +86,8 @@ def study(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         study_console.table(plan, study_runs.tabulate(plan))
         return EXIT_WOULD_RUN if found.pending else EXIT_OK
-    with study_console.StudyConsole() as listener:
+    beside = max(trial.engine.recipe.run.beside for trial in plan.trials)
+    with study_console.StudyConsole(beside=beside) as listener:
         result = study_runs.run_study(
             plan,
             listener=listener,

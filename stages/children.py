@@ -139,8 +139,12 @@ def _has_exited(child: subprocess.Popen) -> bool:
 class Watch:
     """Reads what a child says until it has said how it ended."""
 
-    def __init__(self, child: subprocess.Popen, stage: str, progress: Progress) -> None:
+    def __init__(
+        self, child: subprocess.Popen, stage: str, progress: Progress, *, name: str = ""
+    ) -> None:
         self.child, self.stage, self.progress = child, stage, progress
+        self.name = name or stage
+        """Its instance, for the log: several of one stage may run beside each other."""
         self.deadline: float | None = None
         self._lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
         self._open_streams = {"out", "err"}
@@ -219,7 +223,7 @@ class Watch:
                 raise as_error(self.stage, event)
             case _:
                 self._last_words.append(line)
-                log.log(_level(line), "%s: %s", self.stage, line)
+                log.log(_level(line), "%s: %s", self.name, line)
         return None
 
     def _obituary(self) -> StageFailed:

@@ -145,6 +145,7 @@ def run_child(
     *,
     keep_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
 ) -> Summary:
     """Run the stage in a child process; whatever happens here, its whole group has ended after.
 
@@ -155,9 +156,11 @@ def run_child(
         keep_fds: file descriptors the child inherits, such as that of a lock: a lock held by both
             is free only when the child is gone too, even if this process is killed.
         env: additions to its environment.
+        stop: end the child when this is set.
 
     Raises:
         TimeoutError: the child ran longer than `timeout_s`.
+        Stopped: `stop` was set.
         StageFailed: the child died, or failed by an error that is not the user's.
         Exception: one of `USER_ERRORS` that the stage raised, with its message.
     """
@@ -165,7 +168,15 @@ def run_child(
         tempfile.TemporaryDirectory(prefix="clouds-") as folder,
         process_group(write_spec(spec, Path(folder)), keep_fds=keep_fds, env=env) as child,
     ):
-        return Watch(child, str(spec["stage"]), progress).until_done(timeout_s)
+        watch = Watch(child, str(spec["stage"]), progress, name=_name_of(spec))
+        return watch.until_done(timeout_s, stop)
+
+
+def _name_of(spec: Spec) -> str:
+    """Its instance, in the engine's words."""
+    round_, leg = spec["round"], spec["leg"]
+    at = f"@{round_}" if round_ is not None else ""
+    return f"{spec['stage']}{at}" + (f"#{leg}" if leg is not None else "")
 
 
 # --- the child's side ----------------------------------------------------------------------------

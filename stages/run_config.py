@@ -23,6 +23,11 @@ class RunConfig(Section):
 
     device: Annotated[str, NOT_IN_KEY] = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda, cuda:N."""
+    beside: Annotated[int, NOT_IN_KEY] = Field(1, gt=0)
+    """How many stages run at once: those whose inputs are there and which need nothing of each
+    other, such as the legs' trainings. From 2 on each runs in a process of its own with its share
+    of the cores (cores / beside threads, unless OMP_NUM_THREADS is set); those that compute on GPUs
+    take different ones, and wait for one rather than share it."""
     processes: Annotated[int, NOT_IN_KEY] = Field(1, gt=0)
     """Processes on this machine: of a training, which share every update (through accelerate), and
     of painting, labelling and refining, which each make whole shards. The n-th takes the n-th
@@ -40,4 +45,5 @@ class RunConfig(Section):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], NOT_IN_KEY] = "info"
     """Least severe log line shown."""
     stage_timeout_s: Annotated[float | None, NOT_IN_KEY] = Field(None, gt=0)
-    """Kill and retry once a child process that runs longer (only where stages run in children)."""
+    """Kill a child process that runs longer (only where stages run in children: beside each other,
+    and under Prefect, which retries once)."""
