@@ -25,7 +25,7 @@ from models.config import (
     weights_path,
 )
 from stages.contracts import labelspace_file
-from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs
+from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs, strays_told
 
 MIN_FREE_BYTES = 200 * 2**20
 _NUM_LABELS = 4
@@ -95,7 +95,7 @@ def _data(recipe: Any) -> Iterator[Finding]:
         for number, dataset in enumerate(getattr(recipe.data, group)):
             if not dataset.root.startswith(WORLD_PREFIX):
                 what = f"data.{group}.{number} ({dataset.name})"
-                yield _dataset(what, dataset, dataset_root(dataset, recipe.data.root), group)
+                yield from _dataset(what, dataset, dataset_root(dataset, recipe.data.root), group)
 
 
 def _unused_pictures(recipe: Any) -> Iterator[Finding]:
@@ -178,13 +178,16 @@ def _missing_averages(pending: Sequence[Instance]) -> Iterator[Finding]:
                 yield Finding(what=f"evaluate.weights of {instance.name}", state="error", text=text)
 
 
-def _dataset(what: str, dataset: Any, root: Path, group: str) -> Finding:
+def _dataset(what: str, dataset: Any, root: Path, group: str) -> Iterator[Finding]:
     try:
         labelled = group != "unlabelled" or dataset.truth
-        found = list_pairs(dataset, root, role=group, labelled=labelled).pairs
+        found = list_pairs(dataset, root, role=group, labelled=labelled)
     except (FileNotFoundError, ValueError) as error:
-        return Finding(what=what, state="error", text=str(error))
-    return Finding(what=what, state="ok", text=f"{len(found)} samples below {root}")
+        yield Finding(what=what, state="error", text=str(error))
+        return
+    yield Finding(what=what, state="ok", text=f"{len(found.pairs)} samples below {root}")
+    if (strays := strays_told(found, root)) is not None:
+        yield Finding(what=what, state="warning", text=strays)
 
 
 def _weights(instance: Instance, field: str) -> Finding | None:

@@ -189,9 +189,14 @@ def windows(size: Size, window: Size, stride: Size) -> list[tuple[int, int, int,
     """Places (y1, x1, y2, x2) of sliding windows, row after row.
 
     The last window of a row or column is shifted inward instead of leaving the image.
+
+    Raises:
+        ValueError: steps larger than windows, which would leave gaps.
     """
     ends = []
     for length, crop, step in zip(size, window, stride, strict=True):
+        if step > crop:
+            raise ValueError(f"windows of {crop} pixels every {step} pixels would leave gaps")
         count = max(length - crop + step - 1, 0) // step + 1
         ends.append([min(index * step + crop, length) for index in range(count)])
     return [

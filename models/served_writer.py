@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -25,6 +26,14 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Waits between the tries of one request."""
 _BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _SEED_MAX = 2**31 - 1
+
+
+class NotJson(ValueError):
+    """An answer that is no JSON: the page of a proxy whose server is gone, or a wrong address."""
+
+
+_UNHEARD = (URLError, OSError, HTTPException, NotJson)
+"""What comes of a server that is gone, or goes in mid-answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +92,8 @@ class ServedWriter:
                 problem = f"{error.code} {error.reason}"
                 if error.code not in _BUSY:
                     raise ValueError(_refusal(self.url + path, error)) from None
-            except (URLError, OSError) as error:
-                problem = str(getattr(error, "reason", error))
+            except _UNHEARD as error:
+                problem = str(getattr(error, "reason", error)).strip() or type(error).__name__
             if pause_s is not None:
                 time.sleep(pause_s)
         raise ConnectionError(
@@ -99,8 +108,8 @@ def request(url: str, body: Mapping[str, Any] | None) -> Any:
 
     Raises:
         HTTPError: the server answered with an error.
-        URLError: it did not answer.
-        ValueError: the answer is no JSON.
+        URLError, OSError, HTTPException: it did not answer, or not to the end.
+        NotJson: the answer is no JSON.
     """
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY_VARIABLE):
@@ -112,7 +121,7 @@ def request(url: str, body: Mapping[str, Any] | None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         said = _without_key(text)[:80]
-        raise ValueError(f"{url} answered {said!r}, which is not JSON ({error.msg})") from None
+        raise NotJson(f"{url} answered {said!r}, which is not JSON ({error.msg})") from None
 
 
 def _refusal(url: str, error: HTTPError) -> str:
@@ -145,12 +154,13 @@ def connect(url: str, *, model: str, pauses_s: Sequence[float] = PAUSES_S) -> Se
         if error.code in (401, 403):
             raise ValueError(_refusal(f"{url}/models", error)) from None
         listed = {}  # not every server lists its models
-    except (URLError, OSError) as error:
+    except (URLError, OSError, HTTPException) as error:
         raise ConnectionError(
             f"write_prompts.server: nobody answers at {url} ({getattr(error, 'reason', error)}): "
             "start the server, or name a model to load here (write_prompts.server=null)."
         ) from None
-    known = [entry.get("id") for entry in listed.get("data", [])] if listed else []
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    known = [entry.get("id") for entry in entries or () if isinstance(entry, dict)]
     if known and model not in known:
         raise ValueError(
             f"write_prompts.model: {url} serves {', '.join(map(str, known))}; not {model!r}"

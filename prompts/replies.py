@@ -20,6 +20,7 @@ NEAR = 0.5
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?|\d+")
 _STRANGE = re.compile(r"[^\w\s.,;:'’\"“”()/&%–-]|_")
+_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'"})
 _LIST_MARK = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s")
 _LABEL = re.compile(r"^\s*(?:prompt|description|caption|answer|scene|sentence|output)\s*\d*\s*:")
 _IRREGULAR = {"people": "person", "children": "child", "men": "man", "women": "woman"}
@@ -97,7 +98,7 @@ def find_problem(
     """
     return (
         _form_problem(text, finished=finished)
-        or _talk_problem(text.lower(), words)
+        or _talk_problem(text.lower().translate(_APOSTROPHES), words)
         or _content_problem(text, asked=asked, words=words, count_tokens=count_tokens)
     )
 

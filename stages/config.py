@@ -15,7 +15,7 @@ from stages.data_config import DataConfig, PrepareConfig, WorldConfig
 from stages.judging_config import EvaluateConfig, ValidationConfig
 from stages.protocols import PROTOCOLS
 from stages.run_config import RoundsConfig, RunConfig
-from stages.section import IN_KEY_IF_SET, NOT_IN_KEY, Section
+from stages.section import IN_KEY_IF_SET, NOT_IN_KEY, Section, refuse_gaps
 from stages.training_config import (
     AugmentConfig,
     EmaConfig,
@@ -67,6 +67,15 @@ class WritePromptsConfig(Section):
                 "key belongs into the environment variable OPENAI_API_KEY"
             )
         return server
+
+    @model_validator(mode="after")
+    def _server_has_a_model(self) -> Self:
+        if self.server is not None and self.model == "bank":
+            raise ValueError(
+                "a server is set, but model is bank, which asks nobody: set write_prompts.model to "
+                "the name of the server's model (its address with /models at the end lists them)"
+            )
+        return self
 
 
 class SynthesizeConfig(Section):
@@ -167,6 +176,12 @@ class PseudoLabelConfig(Section):
         if not scales or min(scales) <= 0:
             raise ValueError(f"{list(scales)} must hold at least one scale, all of them above 0")
         return scales
+
+    @model_validator(mode="after")
+    def _covering(self) -> Self:
+        if self.mode == "slide":
+            refuse_gaps(window=self.window, stride=self.stride)
+        return self
 
 
 class SelectConfig(Section):

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from stages.data_config import LayoutName
 from stages.protocols import PROTOCOLS
-from stages.section import Section
+from stages.section import Section, refuse_gaps
 
 
 class ProtocolConfig(Section):
@@ -26,6 +26,12 @@ class ProtocolConfig(Section):
     """What a class absent from the truth counts (see `models/evaluators`)."""
     batch_size: int = Field(4, gt=0)
     """Pictures per forward pass (pictures of one size)."""
+
+    @model_validator(mode="after")
+    def _covering(self) -> Self:
+        if self.mode == "slide":
+            refuse_gaps(window=self.window, stride=self.stride)
+        return self
 
 
 class ValidationConfig(ProtocolConfig):
@@ -78,11 +84,12 @@ class EvaluateConfig(ProtocolConfig):
     """Predictions per data set kept for the report."""
 
     @model_validator(mode="after")
-    def _filled_by_the_protocol(self) -> Self:
-        """Fields that are not set stay "not set", so that another protocol can fill them anew."""
+    def _covering(self) -> Self:
+        """Filled by the protocol before it is looked at. Fields that are not set stay "not set", so
+        that another protocol can fill them anew."""
         if self.protocol is not None:
             settings = PROTOCOLS[self.protocol].settings
             fixed = type(self)(**settings)
             for name in settings.keys() - self.model_fields_set:
                 self.__dict__[name] = getattr(fixed, name)
-        return self
+        return super()._covering()

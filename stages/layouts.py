@@ -220,6 +220,8 @@ class Listing:
     """The split that was read, after choosing the usual one."""
     kind: LabelKind | None
     """How labels are stored; None where none are read."""
+    strays: tuple[Path, ...] = ()
+    """Label files of that kind which belong to no picture, in order (`limit` has no part in it)."""
 
 
 def dataset_root(dataset: DatasetConfig, data_root: str, world: Path | None = None) -> Path:
@@ -290,15 +292,26 @@ def list_pairs(dataset: DatasetConfig, root: Path, *, role: str, labelled: bool)
     if not pictures:
         raise FileNotFoundError(_nothing_found(layout, root, split, who=who))
     _refuse_same_stems(pictures, who=who)
-    pictures = _evenly(pictures, dataset.limit)
+    taken = _evenly(pictures, dataset.limit)
     if not labelled:
-        pairs = tuple(Pair(stem=stem, image=path, label=None) for stem, path, _ in pictures)
+        pairs = tuple(Pair(stem=stem, image=path, label=None) for stem, path, _ in taken)
         return Listing(pairs=pairs, split=split, kind=None)
-    kind = _choose_kind(dataset, layout, root, split, folders, pictures, who=who)
+    kind = _choose_kind(dataset, layout, root, split, folders, taken, who=who)
     return Listing(
-        pairs=tuple(_with_labels(layout, kind, root, split, folders, pictures, who=who)),
+        pairs=tuple(_with_labels(layout, kind, root, split, folders, taken, who=who)),
         split=split,
         kind=kind,
+        strays=tuple(_strays(layout, kind, root, split, folders, pictures)),
+    )
+
+
+def strays_told(listing: Listing, root: Path) -> str | None:
+    """How many label files belong to no picture, and one of them; None if all do."""
+    if not listing.strays:
+        return None
+    first = listing.strays[0].relative_to(root)
+    return (
+        f"{len(listing.strays)} label files have no picture and are not used (the first: {first})"
     )
 
 
@@ -482,3 +495,24 @@ def _with_labels(
             f"{who}: {len(missing)} of {len(pictures)} pictures have no label of kind {kind.name}; "
             f"the first: {missing[0]}."
         )
+
+
+def _strays(
+    layout: Layout,
+    kind: LabelKind,
+    root: Path,
+    split: str | None,
+    folders: Sequence[tuple[int, str]],
+    pictures: Sequence[_Picture],
+) -> Iterator[Path]:
+    """Files that look like labels of this kind, without those of the pictures."""
+    expected = {_label_path(layout, kind, root, split, folders, picture) for picture in pictures}
+    others = tuple(own.ending for own in layout.kinds if len(own.ending) > len(kind.ending))
+    places = [kind.folders[number] for number, _ in folders]
+    if split is not None and "/" in split:
+        places = [kind.folders[0]]
+    for place in dict.fromkeys(_place(pattern, split) for pattern in places):
+        for path in _files(root / place):
+            ours = path.name.endswith(kind.ending) and not path.name.endswith(others)
+            if ours and path not in expected:
+                yield path

@@ -21,7 +21,14 @@ from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 from stages.data_config import DataConfig, DatasetConfig, PrepareConfig
 from stages.labels import IGNORE, IdMap, LabelSpace, load_labelspace
-from stages.layouts import WORLD_PREFIX, Listing, Pair, dataset_root, list_pairs
+from stages.layouts import (
+    WORLD_PREFIX,
+    Listing,
+    Pair,
+    dataset_root,
+    list_pairs,
+    strays_told,
+)
 from stages.readers import CorruptFileError, read_image, read_label, resize_label
 from stages.shards import Row, file_digest, read_jsonl, write_json, write_jsonl
 
@@ -310,6 +317,12 @@ def _write_dataset(
     pixels = Counter[int]()
     for row in kept:
         pixels.update({int(key): count for key, count in row.get("classes", {}).items()})
+    if job.role == "sources" and not any(pixels.values()):
+        raise ValueError(
+            f"{job.who}: none of the {len(kept)} labels has a pixel with a class: label map "
+            f"{job.id_map.name!r} ignores every value in them. Choose the map that fits with the "
+            "data set's `label_map`."
+        )
     leaked = [row["id"] for row in kept if row["image_digest"] in seen_in_sources]
     card = {
         "name": job.dataset.name,
@@ -335,6 +348,13 @@ def _write_dataset(
 
 
 def _tell(job: _Job, card: dict[str, Any], progress: Progress) -> None:
+    if (strays := strays_told(job.listing, job.root)) is not None:
+        progress.note(f"{job.who}: {strays}")
+    if job.id_map and job.role != "sources" and not any(card["class_pixels"].values()):
+        progress.note(
+            f"{job.who}: no label has a pixel with a class (label map {job.id_map.name!r}): "
+            "nothing can be judged on them"
+        )
     if card["refused"]:
         first = card["refused"][0]["why"]
         progress.note(f"{job.who}: {len(card['refused'])} samples left out; the first: {first}")
@@ -355,6 +375,10 @@ def _summary(cards: Sequence[dict[str, Any]]) -> Summary:
     text = ", ".join(f"{count} {role}" for role, count in counts.items() if count) or "no data sets"
     if refused:
         text += f", {refused} left out"
-    return Summary(
-        text=f"{len(cards)} data sets: {text}", numbers={**counts, "datasets": len(cards)}
-    )
+    numbers: dict[str, float | int | str] = {**counts, "datasets": len(cards)}
+    if sources := [card for card in cards if card["role"] == "sources"]:
+        labelled = sum(sum(card["class_pixels"].values()) for card in sources)
+        share = labelled / sum(card["total_pixels"] for card in sources)
+        numbers["labelled_share"] = round(share, 4)
+        text += f"; {share:.1%} of the sources' pixels have a class"
+    return Summary(text=f"{len(cards)} data sets: {text}", numbers=numbers)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from models.checkpoints import load_segmenter
-from stages.config import StageConfig
+from stages.config import PseudoLabelConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device, in_halves
 from stages.labelling import Labeller
@@ -49,12 +49,13 @@ def run(
 
     Raises:
         FileNotFoundError: no checkpoint.
-        ValueError: no picture, or a picture cannot be read.
+        ValueError: no picture, a picture cannot be read, or no pixel of any gets a label.
     """
     which = _weights(config, teacher)
     job = shards(config, progress=progress, pictures=pictures, teacher=teacher)
     num_shards = write_shards(out, job, progress=progress)
     statistics = sum_up(list(read_index(out)), which=which)
+    _refuse_nothing(statistics, config.pseudo_label)
     write_json(out / "statistics.json", statistics)
     shutil.copyfile(teacher / "checkpoint.json", out / "checkpoint.json")
     return _summary(statistics, num_shards)
@@ -97,15 +98,30 @@ def _weights(config: StageConfig, teacher: Path) -> str:
     return "model" if asked == "ema" and not (teacher / "ema.safetensors").is_file() else asked
 
 
+def _refuse_nothing(statistics: Row, section: PseudoLabelConfig) -> None:
+    """Labels of nothing would go all the way into a training that learns nothing of them."""
+    if statistics["classes"]:
+        return
+    own = f", class_thresholds={section.class_thresholds}" if section.class_thresholds else ""
+    raise ValueError(
+        f"no pixel of the {statistics['num_pictures']} pictures gets a label (mean confidence "
+        f"{statistics['mean_confidence']:.3f}; pseudo_label.threshold={section.threshold:g}{own}, "
+        f"max_entropy={section.max_entropy:g}): lower the thresholds, or raise max_entropy."
+    )
+
+
 def _summary(statistics: Row, num_shards: int) -> Summary:
+    labelled = sum(entry["pixels"] for entry in statistics["classes"].values())
+    share = labelled / (labelled + statistics["unlabelled"])
     numbers = {
         "pictures": statistics["num_pictures"],
         "shards": num_shards,
         "mean_confidence": statistics["mean_confidence"],
+        "labelled_share": round(share, 4),
     }
     text = (
         f"{statistics['num_pictures']} pictures labelled in {num_shards} shards, mean confidence "
-        f"{statistics['mean_confidence']:.3f}"
+        f"{statistics['mean_confidence']:.3f}, {share:.0%} of the pixels have a label"
     )
     if "truth" in statistics:
         miou = statistics["truth"]["whole"]["miou"]

@@ -77,6 +77,11 @@ def run(
     statistics = sum_up(read_rows(out), untrained=config.refine.weights is None)
     write_json(out / "statistics.json", statistics)
     shutil.copyfile(labels / "checkpoint.json", out / "checkpoint.json")
+    if not any(counts["after"] for counts in statistics["classes"].values()):
+        progress.note(
+            "no pixel of any picture has a label: a training on them learns nothing of the "
+            f"pictures. Loosen refine.rule={config.refine.rule}, or pseudo_label"
+        )
     return _summary(statistics, num_shards)
 
 
@@ -270,17 +275,20 @@ def _summary(statistics: Row, num_shards: int) -> Summary:
     counts = list(statistics["classes"].values())
     before = sum(count["before"] for count in counts)
     kept = sum(count["kept"] for count in counts)
-    share = kept / before if before else 1.0
-    text = (
-        f"{statistics['num_pictures']} label maps, {statistics['components']} components, "
-        f"{share:.0%} of the labelled pixels kept their class"
-    )
+    dropped = sum(count["dropped"] for count in counts)
+    share, lost = (part / before if before else 0.0 for part in (kept, dropped))
+    text = f"{statistics['num_pictures']} label maps, {statistics['components']} components, "
+    if before:
+        text += f"{share:.0%} of the labelled pixels kept their class, {lost:.0%} lost their label"
+    else:
+        text += "no pixel had a label"
     if statistics["untrained"]:
         text += ", by an untrained SAM"
     numbers: dict[str, float | int | str] = {
         "pictures": statistics["num_pictures"],
         "components": statistics["components"],
         "kept_share": round(share, 4),
+        "lost_share": round(lost, 4),
         "shards": num_shards,
     }
     if "truth" in statistics:

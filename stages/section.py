@@ -24,6 +24,19 @@ class InKeyIfSet:
 IN_KEY_IF_SET = InKeyIfSet()
 
 
+def refuse_gaps(*, window: int, stride: int) -> None:
+    """Sliding windows must touch: pixels between them would get no score at all.
+
+    Raises:
+        ValueError: the step is larger than the window.
+    """
+    if stride > window:
+        raise ValueError(
+            f"stride {stride} is larger than window {window}: windows would leave gaps. Choose a "
+            "smaller stride."
+        )
+
+
 class Section(BaseModel):
     """A frozen, keyword-only section; unknown keys are errors, docstrings become descriptions."""
 

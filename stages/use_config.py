@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.section import NOT_IN_KEY, NotInKey, Section
+from stages.section import NOT_IN_KEY, NotInKey, Section, refuse_gaps
 
 
 class PredictConfig(Section):
@@ -46,11 +46,7 @@ class PredictConfig(Section):
 
     @model_validator(mode="after")
     def _covering(self) -> Self:
-        if self.stride > self.window:
-            raise ValueError(
-                f"stride {self.stride} is larger than window {self.window}: windows would leave "
-                "gaps. Choose a smaller stride."
-            )
+        refuse_gaps(window=self.window, stride=self.stride)
         return self
 
     def deciding(self) -> dict[str, Any]:

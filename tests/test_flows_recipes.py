@@ -352,3 +352,29 @@ def test_a_setting_that_came_later_counts_only_where_it_is_set(tmp_path):
     assert "safety_checker" not in plain["config"]["synthesize"]
     assert plain == default
     assert list(differences(plain, checked)) == ["synthesize.safety_checker: (absent) -> True"]
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("pseudo_label", ["mode=slide"]),
+        ("evaluate", ["mode=slide"]),
+        ("evaluate", ["protocol=rein"]),
+        ("train_source", ["mode=slide"]),
+    ],
+)
+def test_sliding_windows_with_gaps_between_them_are_refused(section, settings):
+    place = f"{section}.validation" if section == "train_source" else section
+    settings = [f"{place}.{each}" for each in (*settings, "window=300")]
+    sets = "data.validation=[{name: v, layout: cityscapes, root: v}]"
+    with pytest.raises(ConfigError, match=r"stride 341 is larger than window 300.*gaps"):
+        load_recipe("tiny", [sets, *settings])
+    load_recipe("tiny", [sets, *settings, f"{place}.stride=200"])
+    load_recipe("tiny", [sets, *settings, f"{place}.mode=whole"])
+
+
+def test_a_server_without_the_name_of_its_model_is_refused():
+    server = "write_prompts.server=http://localhost:8000/v1"
+    with pytest.raises(ConfigError, match="name of the server's model"):
+        load_recipe("tiny", [server])
+    assert load_recipe("tiny", [server, "write_prompts.model=m"]).write_prompts.model == "m"

@@ -79,6 +79,11 @@ def test_the_last_window_is_shifted_inward(size, window, stride, expected):
     assert windows(size, window, stride) == expected
 
 
+def test_windows_that_leave_gaps_are_refused():
+    with pytest.raises(ValueError, match="windows of 6 pixels every 7"):
+        windows((20, 20), (8, 6), (8, 7))
+
+
 def test_every_pixel_is_in_a_window():
     for height in range(1, 40, 3):
         covered = torch.zeros(height, 23)

@@ -22,7 +22,8 @@ CHATS = [[{"role": "user", "content": f"Number {number}."}] for number in range(
 
 @contextmanager
 def server(answer, *, models=("small",)):
-    """A chat-completions server; `answer(body, number)` gives (status, reply as JSON)."""
+    """A chat-completions server; `answer(body, number)` gives (status, reply as JSON or bytes);
+    status None: the bytes are not even HTTP."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,6 +37,10 @@ def server(answer, *, models=("small",)):
 
         def _send(self, status, value):
             content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            if status is None:  # these bytes are all that it sends before it goes
+                self.wfile.write(content)
+                self.close_connection = True
+                return
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -162,13 +167,38 @@ def test_an_address_with_a_password_is_refused_without_repeating_it(tmp_path, ca
     assert SECRET not in shown
 
 
-@pytest.mark.parametrize("answer", [{"nothing": 1}, b"<html>hello</html>"])
-def test_an_answer_that_is_no_completion_is_refused(answer):
+def test_an_answer_that_is_no_completion_is_refused():
     with (
-        server(lambda body, number: (200, answer)) as (url, _),
-        pytest.raises(ValueError, match=r"no chat completion|not JSON"),
+        server(lambda body, number: (200, {"nothing": 1})) as (url, _),
+        pytest.raises(ValueError, match="no chat completion"),
     ):
         connect(url, model="small").write(CHATS[:1], seeds=[1], **HOW)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (b"<html>502 Bad Gateway</html>", "not JSON"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{", "IncompleteRead"),
+        (b"no HTTP at all\r\n\r\n", "no HTTP at all"),
+        (b"", "closed connection"),
+    ],
+)
+def test_a_server_that_goes_in_mid_answer_or_a_proxys_page_is_asked_again(answer, problem):
+    def gone(body, number):
+        return (200 if answer.startswith(b"<") else None), answer
+
+    def gone_twice(body, number):
+        return gone(body, number) if number < 3 else echo(body, number)
+
+    with server(gone_twice) as (url, seen):
+        writer = connect(url, model="small", pauses_s=(0.01, 0.01))
+        (reply,) = writer.write(CHATS[:1], seeds=[1], **HOW)
+    assert (reply.text, len(seen)) == ("Number 0. 1", 3)
+    with server(gone) as (url, _):
+        writer = connect(url, model="small", pauses_s=(0.01,))
+        with pytest.raises(ConnectionError, match=f"{problem}.*replies so far are kept"):
+            writer.write(CHATS[:1], seeds=[1], **HOW)
 
 
 def test_another_model_a_wrong_address_or_nobody_there_is_refused_before_any_work():

@@ -1,12 +1,13 @@
 """Layouts: what is found below a root, in which order, and what is said when it is not there."""
 
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from stages.data_config import DatasetConfig
-from stages.layouts import LAYOUTS, condition_of, dataset_root, list_pairs, watched
+from stages.layouts import LAYOUTS, condition_of, dataset_root, list_pairs, strays_told, watched
 from tests import small_datasets
 
 ROLE = "targets"
@@ -199,3 +200,42 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     small_datasets.save(tmp_path / "images" / "00002.jpg", small_datasets.picture(2))
     with pytest.raises(ValueError, match=r"00002\.(jpg|png) and .* both be the sample '00002'"):
         listed(tmp_path, layout="gta5")
+
+
+def test_labels_without_a_picture_are_told_with_the_first_of_them(tmp_path):
+    small_datasets.gta5(tmp_path, count=4)
+    labelled = {"layout": "pairs", "limit": 2}
+    assert listed(tmp_path, **labelled).strays == ()
+    for name in ("00002", "00004"):
+        (tmp_path / "images" / f"{name}.png").unlink()
+    found = listed(tmp_path, **labelled)
+    assert [pair.stem for pair in found.pairs] == ["00001", "00003"]
+    assert found.strays == tuple(tmp_path / "labels" / f"{n}.png" for n in ("00002", "00004"))
+    assert strays_told(found, tmp_path).startswith("2 label files have no picture")
+    assert strays_told(found, tmp_path).endswith("the first: labels/00002.png)")
+
+
+@pytest.mark.parametrize(
+    ("write", "layout"),
+    [
+        (small_datasets.cityscapes, "cityscapes"),
+        (small_datasets.gta5, "gta5"),
+        (small_datasets.synthia, "synthia"),
+        (small_datasets.bdd100k, "bdd100k"),
+        (small_datasets.mapillary, "mapillary"),
+        (small_datasets.acdc, "acdc"),
+        (small_datasets.urbansyn, "urbansyn"),
+    ],
+)
+def test_every_label_of_a_whole_data_set_belongs_to_a_picture(tmp_path, write, layout):
+    write(tmp_path)
+    (tmp_path / "readme.png").touch()
+    assert listed(tmp_path, layout=layout).strays == ()
+
+
+def test_labels_of_another_kind_are_no_strays(tmp_path):
+    small_datasets.bdd100k(tmp_path)
+    folder = next(tmp_path.glob("**/sem_seg/masks/val"))
+    for path in list(folder.glob("*.png")):
+        shutil.copyfile(path, path.with_name(f"{path.stem}_train_id.png"))
+    assert listed(tmp_path, layout="bdd100k").strays == ()

@@ -273,3 +273,30 @@ def test_a_validation_set_that_holds_pictures_of_a_target_is_refused(tmp_path, r
     others = copy | {"root": "others"}
     summary = prepared(tmp_path / "new", root, targets=[CITY], validation=[others])
     assert summary.numbers["validation"] == 2
+
+
+def test_sources_without_a_single_labelled_pixel_are_refused_and_targets_told(tmp_path, root):
+    for place in ("gta/labels", "city/gtFine"):
+        for path in (root / place).rglob("*.png"):
+            small_datasets.save(path, np.zeros(small_datasets.SIZE, np.uint8))  # "unlabeled"
+    with pytest.raises(
+        ValueError, match=r"none of the 5 labels has a pixel.*map 'gta5'.*label_map"
+    ):
+        prepared(tmp_path / "a", root, sources=[GTA])
+    heard = Heard()
+    prepared(tmp_path / "b", root, heard=heard, targets=[CITY])
+    assert any("nothing can be judged" in note for note in heard.notes)
+
+
+def test_the_labelled_share_and_labels_without_pictures_are_told(tmp_path, root):
+    (root / "gta" / "images" / "00002.png").unlink()
+    heard = Heard()
+    summary = prepared(tmp_path / "out", root, heard=heard, sources=[GTA])
+    samples = load_index(tmp_path / "out" / "sources")
+    share = np.mean([(sample.read_label() != 255).mean() for sample in samples])
+    assert summary.numbers["labelled_share"] == pytest.approx(share, abs=1e-4)
+    assert f"{share:.1%} of the sources' pixels have a class" in summary.text
+    assert heard.notes == [
+        "data set 'gta' (data.sources): 1 label files have no picture and are not used (the first: "
+        "labels/00002.png)"
+    ]

@@ -138,6 +138,18 @@ def test_unsure_pixels_get_no_label_under_a_threshold(tmp_path, pictures, teache
     assert sum(row["unlabelled"] for row in rows) > 0
 
 
+def test_labels_of_nothing_are_refused_and_the_labelled_share_is_told(tmp_path, pictures, teacher):
+    with pytest.raises(ValueError, match=r"no pixel of the 5.*threshold=1,.*lower the thresholds"):
+        labelled(tmp_path / "nothing", pictures, teacher, threshold=1.0)
+    plain, _, _ = labelled(tmp_path / "plain", pictures, teacher)
+    threshold = float(np.median([maps_of(row)[1] for row in plain])) / 255
+    rows, _, summary = labelled(tmp_path / "out", pictures, teacher, threshold=threshold)
+    unlabelled = sum((maps_of(row)[0] == IGNORE).mean() for row in rows) / len(rows)
+    assert 0.1 < unlabelled < 0.9
+    assert summary.numbers["labelled_share"] == pytest.approx(1 - unlabelled, abs=1e-4)
+    assert f"{1 - unlabelled:.0%} of the pixels have a label" in summary.text
+
+
 @pytest.mark.parametrize(
     ("scores", "threshold", "label", "confidence"),
     [
@@ -158,11 +170,15 @@ def test_classes_can_have_thresholds_of_their_own(tmp_path, pictures, teacher):
     seen = [key for row in plain for key in row["classes"]]
     frequent = max(set(seen), key=seen.count)
     names = list(CLASSES)
-    how = {"class_thresholds": {names[int(frequent)]: 1.0}}
+    threshold = float(np.median([maps_of(row)[1] for row in plain])) / 255
+    how = {"class_thresholds": {names[int(frequent)]: threshold}}
     rows, _, _ = labelled(tmp_path / "out", pictures, teacher, **how)
     for before, after in zip(plain, rows, strict=True):
-        label, cut = maps_of(before)[0], maps_of(after)[0]
-        assert np.array_equal(cut, np.where(label == int(frequent), IGNORE, label))
+        (label, confidence), cut = maps_of(before), maps_of(after)[0]
+        unsure = (label == int(frequent)) & (confidence / 255 < threshold)
+        clear = np.abs(confidence / 255 - threshold) > 1 / 255  # stored rounded
+        assert np.array_equal(cut[clear], np.where(unsure, IGNORE, label)[clear])
+    assert sum(row["unlabelled"] for row in rows) > 0
     with pytest.raises(ValueError, match=r"class_thresholds names 'tree'.*road, building"):
         labelled(tmp_path / "bad", pictures, teacher, class_thresholds={"tree": 0.5})
 

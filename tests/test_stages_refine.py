@@ -289,6 +289,22 @@ def test_maps_of_nothing_or_of_one_class_are_refined_sensibly(tmp_path, inputs, 
         assert set(np.unique(label_of(row))) <= {value, IGNORE}
     assert statistics["classes"].keys() <= {str(value)}
     assert summary.numbers["pictures"] == 5
+    assert ("no pixel had a label" in summary.text) == (value == IGNORE)
+
+
+def test_what_is_lost_is_told_and_a_refinement_that_leaves_no_label_is_noted(tmp_path, inputs):
+    labels = with_confidences(shutil.copytree(inputs["labels"], tmp_path / "labels"), value=100)
+    told, how = Told(), {"rule": "agreement", "min_agreement": 1.0}
+    _, statistics, summary = refined(
+        tmp_path / "out", inputs | {"labels": labels}, progress=told, **how
+    )
+    assert sum(counts["after"] for counts in statistics["classes"].values()) == 0
+    assert "100% lost their label" in summary.text
+    assert any("no pixel of any picture has a label" in note for note in told.notes)
+    told = Told()
+    _, _, summary = refined(tmp_path / "kept", inputs, progress=told, min_area=100_000)
+    assert summary.numbers["lost_share"] == 0
+    assert not any("no pixel" in note for note in told.notes)
 
 
 def test_train_ids_beyond_the_labels_own_classes_are_refused(tmp_path, inputs):
