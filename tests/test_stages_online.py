@@ -188,7 +188,7 @@ def test_what_makes_the_labels_counts_in_the_key_of_online_training_alone(
     store = Store(tmp_path)
 
     def keyed(*overrides):
-        instances = build(load_recipe("tiny", list(overrides)))
+        instances = build(load_recipe("tiny", ["rounds.count=1", *overrides]))
         return {
             name: ingredients(instance, {}, store)
             for name, instance in instances.items()
