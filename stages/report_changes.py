@@ -1,10 +1,15 @@
-"""What refinement changed, class by class: measured on the label maps themselves."""
+"""What refinement changed, class by class: measured on the label maps themselves.
+
+How many components SAM was asked about, and how sure the teacher is, the stages have counted.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from stages.labels import IGNORE, LabelSpace
+from stages.report_lineage import Instance, read_statistics
 from stages.report_pictures import Chain, class_name, evenly, open_label, resized
 from stages.shards import read_index
 
@@ -26,6 +31,12 @@ class ClassChange:
     """Pixels that have another class now."""
     dropped: int
     """Pixels that have no label now."""
+    components: int | None = None
+    """Components that SAM was asked about, in all refined pictures; None: not counted (automatic
+    masks are asked for by no component)."""
+    confidence: float | None = None
+    """Mean confidence of the teacher in the class's pixels of all labelled pictures, 0..1; None:
+    it labelled none so, or did not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +84,20 @@ def measure(chain: Chain, space: LabelSpace) -> Changes | None:
         raw = resized(open_label(raw_path), (refined.shape[1], refined.shape[0]))
         codes = raw.astype(np.int64) * 256 + refined
         counts += np.bincount(codes.ravel(), minlength=65536).reshape(256, 256)
-    return _changes(counts, space, num_measured=len(shown), num_pictures=len(pairs))
+    return _changes(chain, counts, space, num_measured=len(shown), num_pictures=len(pairs))
 
 
 def _changes(
-    counts: np.ndarray, space: LabelSpace, *, num_measured: int, num_pictures: int
+    chain: Chain, counts: np.ndarray, space: LabelSpace, *, num_measured: int, num_pictures: int
 ) -> Changes | None:
     total = int(counts.sum())
     if not total:
         return None
     before, after, kept = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+    components = _counted(chain.refined, "components")
+    if not any(components.values()):
+        components = {}
+    confidences = _counted(chain.labels, "mean_confidence")
     classes = tuple(
         ClassChange(
             class_id=one,
@@ -92,6 +107,8 @@ def _changes(
             gained=int(after[one] - kept[one]),
             moved=int(before[one] - kept[one] - counts[one, IGNORE]),
             dropped=int(counts[one, IGNORE]),
+            components=components.get(str(one)),
+            confidence=confidences.get(str(one)),
         )
         for one in range(IGNORE)
         if before[one] or after[one]
@@ -105,6 +122,12 @@ def _changes(
         labelled_before=1 - float(before[IGNORE]) / total,
         labelled_after=1 - float(after[IGNORE]) / total,
     )
+
+
+def _counted(instance: Instance | None, name: str) -> dict[str, Any]:
+    """Train id -> what a stage counted of the class under this name; empty where it did not."""
+    classes = read_statistics(instance).get("classes") or {}
+    return {key: counts[name] for key, counts in classes.items() if name in counts}
 
 
 def _flows(counts: np.ndarray, space: LabelSpace, most: int = 6) -> tuple[Flow, ...]:

@@ -167,6 +167,12 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return value
 
 
+def read_statistics(instance: Instance | None) -> Mapping[str, Any]:
+    """`statistics.json` of an artifact; empty where it has none, or there is no artifact."""
+    path = instance.folder / "statistics.json" if instance else None
+    return read_json(path) if path and path.is_file() else {}
+
+
 def state_of(instance: Instance, instances: Iterable[Instance]) -> State:
     """ran, cached, shared or unknown: how the run that led to this page came by the artifact.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.labels import LabelSpace
-from stages.report_lineage import Instance, read_json
+from stages.report_lineage import Instance, read_statistics
 from stages.report_pictures import Chain, class_name
 from stages.report_scores import Number, minus
 from stages.truth import BOUNDARY_PX
@@ -75,8 +75,7 @@ _OF_CLASS = ("iou", "iou_labelled")
 
 
 def _truth_of(instance: Instance | None) -> Mapping[str, Any]:
-    path = instance.folder / "statistics.json" if instance else None
-    return (read_json(path).get("truth") or {}) if path and path.is_file() else {}
+    return read_statistics(instance).get("truth") or {}
 
 
 def _classes(quality: Mapping[str, Any]) -> set[str]:

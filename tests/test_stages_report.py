@@ -19,6 +19,7 @@ from stages.report_lineage import BOX_HEIGHT, BOX_WIDTH, draw, read_instances, s
 from stages.report_pictures import chain_for, error_uri, evenly, label_space
 from stages.report_scores import judge, read_scores
 from stages.report_words import duration, moment, percent, plain, signed, size_of, tone
+from stages.shards import write_json
 from tests.report_artifacts import SPACE, TARGETS, Quiet, build, street, worsened
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source"}
@@ -347,6 +348,46 @@ def test_changes_count_each_pixel_once(artifacts: dict[str, Path]) -> None:
         after == SPACE.names.index(largest.target)
     )
     assert largest.pixels == pair.sum()
+
+
+def with_counts(folder: Path, **classes: dict[str, dict[str, float]]) -> dict[str, Path]:
+    """Artifacts whose labels' and refinement's statistics hold these counts per train id."""
+    artifacts = build(folder, pictures=1, steps=20)
+    for stage, counts in classes.items():
+        write_json(artifacts[f"{stage}@1"] / "statistics.json", {"classes": counts})
+    return artifacts
+
+
+def cells_of(page: str, class_name: str) -> list[str]:
+    """The numbers in a class's row of the table of changes."""
+    table = page[page.index('id="changes"') :]
+    row = next(row for row in table.split("<tr>") if f"</span>{class_name}</th>" in row)
+    return re.findall(r'<td class="num">(?:<b>)?([^<]*)', row)
+
+
+def test_the_page_shows_components_and_the_teachers_confidence_per_class(tmp_path: Path) -> None:
+    artifacts = with_counts(
+        tmp_path / "a",
+        refine={"0": {"components": 1234}, "13": {"components": 0}},
+        pseudo_label={"0": {"mean_confidence": 0.9318}},
+    )
+    page, _ = make(tmp_path / "out", artifacts)
+    assert "<i>Components</i>" in page
+    assert "<i>Confidence</i>" in page
+    assert cells_of(page, "road")[-2:] == ["1 234", "93.2"]
+    assert cells_of(page, "car")[-2:] == ["0", "–"]
+
+
+def test_rules_that_ask_about_no_component_have_no_column_of_them(tmp_path: Path) -> None:
+    artifacts = with_counts(
+        tmp_path / "a",
+        refine={"0": {"components": 0}},
+        pseudo_label={"0": {"mean_confidence": 0.5}},
+    )
+    page, _ = make(tmp_path / "out", artifacts)
+    assert "<i>Components</i>" not in page
+    assert cells_of(page, "road")[-1] == "50.0"
+    assert len(cells_of(page, "road")) == 4
 
 
 def test_the_drawing_has_every_instance_once_and_no_two_boxes_touch(many: dict[str, Path]) -> None:
