@@ -7,6 +7,9 @@ similarity = scorer.score(pictures, texts)
 
 # B pictures with one text each, D width of the common space
 import difflib
+import itertools
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +23,8 @@ from models.config import name_path
 from models.tensors import refusing_code
 
 HASH_BITS = 64
+_PARTS_MAX = 16
+"""Near copies of more bits are looked for among all: shorter parts would hold most hashes."""
 
 
 def contrast(image: np.ndarray) -> float:
@@ -49,18 +54,55 @@ def difference_hash(image: np.ndarray) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def nearest(value: int, others: np.ndarray) -> tuple[int, int] | None:
-    """Place of the hash with the fewest differing bits, and how many differ; None without others.
+class NearCopies:
+    """Hashes so far, kept so that a near one is found without looking at all of them.
 
-    Args:
-        value: a hash.
-        others: uint64 hashes; of several equally near the first counts.
+    Two hashes that differ in at most n bits have one of n + 1 parts in common: only those that
+    share a part are compared (multi-index hashing; Norouzi, Punjani and Fleet 2012).
     """
-    if not len(others):
-        return None
-    distances = np.bitwise_count(others ^ np.uint64(value))
-    place = int(distances.argmin())
-    return place, int(distances[place])
+
+    def __init__(self, *, bits: int) -> None:
+        """Nothing yet; hashes count as near that differ in at most `bits` bits."""
+        self._bits = bits
+        edges = [HASH_BITS * part // (bits + 1) for part in range(bits + 2)]
+        parts = itertools.pairwise(edges if bits < _PARTS_MAX else [0, 0])
+        self._parts = [(low, (1 << high - low) - 1) for low, high in parts]
+        self._shelves: list[defaultdict[int, _Shelf]] = [defaultdict(_Shelf) for _ in self._parts]
+        self._num_hashes = 0
+
+    def add(self, value: int) -> None:
+        """Keep a hash; its place is how many were kept before it."""
+        for (low, mask), shelf in zip(self._parts, self._shelves, strict=True):
+            shelf[value >> low & mask].add(value, self._num_hashes)
+        self._num_hashes += 1
+
+    def nearest(self, value: int) -> int | None:
+        """Place of the near hash with the fewest differing bits (of several the first), or None."""
+        found = []
+        for (low, mask), shelf in zip(self._parts, self._shelves, strict=True):
+            key = value >> low & mask
+            if key in shelf:
+                found.append(shelf[key].nearest(value))
+        distance, place = min(found, default=(HASH_BITS + 1, 0))
+        return place if distance <= self._bits else None
+
+
+class _Shelf:
+    """Hashes with a part in common, and their places."""
+
+    def __init__(self) -> None:
+        self._hashes, self._places = array("Q"), array("Q")
+
+    def add(self, value: int, place: int) -> None:
+        self._hashes.append(value)
+        self._places.append(place)
+
+    def nearest(self, value: int) -> tuple[int, int]:
+        """Differing bits and place of the nearest, of several the first."""
+        hashes = np.frombuffer(self._hashes, np.uint64)  # a view: adding copies nothing
+        distances = np.bitwise_count(hashes ^ np.uint64(value))
+        first = int(distances.argmin())
+        return int(distances[first]), self._places[first]
 
 
 @dataclass(frozen=True, kw_only=True)

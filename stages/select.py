@@ -8,13 +8,11 @@ unsure of, each by a threshold of its own. What the painter's safety checker fla
 no rule keeps it.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from models.likeness import nearest
+from models.likeness import NearCopies
 from stages.config import SelectConfig, StageConfig
 from stages.contracts import Progress, Summary
 from stages.devices import choose_device
@@ -72,19 +70,21 @@ def judge(scores: Sequence[PictureScore], section: SelectConfig) -> list[Row]:
         key=lambda place: (scores[place].flagged, -scores[place].mean_confidence, place),
     )
     best = {scores[place].id for place in ranked[:num_best]}
-    kept_hashes: list[int] = []
+    bits = section.twin_bits if section.rule == "checks" else None
+    copies = NearCopies(bits=bits) if bits is not None else None
     kept_ids: list[str] = []
     rows = []
     for score in scores:
         reasons = _reasons(score, section, among_best=score.id in best)
         twin = None
-        if not reasons and section.rule == "checks" and section.twin_bits is not None:
-            twin = _twin(score, kept_hashes, kept_ids, bits=section.twin_bits)
-            if twin is not None:
+        if not reasons and copies is not None:
+            place = copies.nearest(score.hash)
+            if place is None:
+                copies.add(score.hash)
+                kept_ids.append(score.id)
+            else:
+                twin = kept_ids[place]
                 reasons.append("near copy of another picture")
-        if not reasons and score.hash is not None:
-            kept_hashes.append(score.hash)
-            kept_ids.append(score.id)
         rows.append(_row(score, reasons, twin))
     _place_spares(rows, scores)
     return rows
@@ -96,16 +96,22 @@ def _place_spares(rows: Sequence[Row], scores: Sequence[PictureScore]) -> None:
     dropped = [
         place for place, score in enumerate(scores) if not score.spare and not rows[place]["kept"]
     ]
-    for same_prompt in (True, False):
-        for place in list(dropped):
-            prompt = scores[place].prompt_id
-            fits = [spare for spare in good if not same_prompt or scores[spare].prompt_id == prompt]
-            if fits:
-                rows[fits[0]]["replaces"] = rows[place]["id"]
-                good.remove(fits[0])
-                dropped.remove(place)
+    of_prompt: defaultdict[str | None, deque[int]] = defaultdict(deque)
     for place in good:
-        rows[place] |= {"kept": False, "reasons": [NOT_NEEDED]}
+        of_prompt[scores[place].prompt_id].append(place)
+    stand_ins, unserved = {}, []
+    for place in dropped:
+        if own := of_prompt[scores[place].prompt_id]:
+            stand_ins[own.popleft()] = place
+        else:
+            unserved.append(place)
+    free = [place for place in good if place not in stand_ins]
+    stand_ins |= zip(free, unserved, strict=False)
+    for place in good:
+        if place in stand_ins:
+            rows[place]["replaces"] = rows[stand_ins[place]]["id"]
+        else:
+            rows[place] |= {"kept": False, "reasons": [NOT_NEEDED]}
 
 
 def _reasons(score: PictureScore, section: SelectConfig, *, among_best: bool) -> list[str]:
@@ -130,14 +136,6 @@ def _reasons(score: PictureScore, section: SelectConfig, *, among_best: bool) ->
             and score.similarity < section.min_similarity,
         }
     return [reason for reason, failed in faults.items() if failed]
-
-
-def _twin(
-    score: PictureScore, hashes: Sequence[int], ids: Sequence[str], *, bits: int
-) -> str | None:
-    """The kept picture that this one nearly copies, or None."""
-    found = nearest(score.hash, np.array(hashes, np.uint64))
-    return ids[found[0]] if found is not None and found[1] <= bits else None
 
 
 def _row(score: PictureScore, reasons: Sequence[str], twin: str | None) -> Row:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.likeness import HASH_BITS, contrast, difference_hash, load_scorer, nearest
+from models.likeness import HASH_BITS, NearCopies, contrast, difference_hash, load_scorer
 from tests.tiny import street
 
 torch.set_num_threads(1)
@@ -82,11 +82,22 @@ HASHES = st.integers(0, 2**HASH_BITS - 1)
 
 
 @settings(max_examples=60, deadline=None)
-@given(HASHES, st.lists(HASHES, max_size=6))
-def test_the_nearest_hash_is_that_of_the_fewest_differing_bits(value, others):
-    found = nearest(value, np.array(others, np.uint64))
-    distances = [(value ^ other).bit_count() for other in others]
-    assert found == ((distances.index(min(distances)), min(distances)) if others else None)
+@given(
+    HASHES,
+    st.lists(st.integers(0, HASH_BITS - 1), max_size=30),
+    st.integers(0, HASH_BITS),
+    st.lists(HASHES, max_size=3),
+)
+def test_the_near_copy_is_the_first_hash_of_the_fewest_differing_bits(value, turned, bits, others):
+    """Hashes that walk away from the one asked for, a bit at a time, and strangers."""
+    walk = itertools.accumulate(turned, lambda near, bit: near ^ (1 << bit), initial=value)
+    hashes = [*others, *list(walk)[:0:-1]]
+    copies = NearCopies(bits=bits)
+    for known in hashes:
+        copies.add(known)
+    distances = [(value ^ known).bit_count() for known in hashes]
+    near = min(distances, default=HASH_BITS + 1)
+    assert copies.nearest(value) == (distances.index(near) if near <= bits else None)
 
 
 def test_similarities_are_cosines_of_open_clips_own_features(clip_folder):

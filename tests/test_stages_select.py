@@ -155,6 +155,55 @@ def test_a_twin_differs_in_at_most_the_bits_allowed(other, kept_ids):
     assert kept(judge(scores, SelectConfig(rule="checks", twin_bits=4))) == kept_ids
 
 
+def checked(name: str, value: int, **fields: object) -> PictureScore:
+    """A picture with this hash that passes all other checks."""
+    passes = {"mean_confidence": 0.5, "sure_share": 1.0, "num_classes": 3, "contrast": 0.3}
+    return PictureScore(id=name, hash=value, **(passes | fields))
+
+
+def test_a_picture_is_compared_with_few_of_the_others(monkeypatch):
+    compared = 0
+
+    def counted(values):
+        nonlocal compared
+        compared += np.size(values)
+        return count(values)
+
+    count = np.bitwise_count
+    hashes = np.random.default_rng(0).integers(0, 2**63, 1500, dtype=np.uint64)
+    monkeypatch.setattr(np, "bitwise_count", counted)
+    judge([checked(str(h), int(h)) for h in hashes], SelectConfig(rule="checks"))
+    assert 0 < compared < 1500 * 1500 / 2 / 100
+
+
+class CountedPrompt(str):
+    """A prompt's id that counts how often it is compared."""
+
+    num_compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedPrompt.num_compared += 1
+        return str.__eq__(self, other)
+
+
+def test_spares_find_their_place_without_comparing_all_with_all(monkeypatch):
+    monkeypatch.setattr(CountedPrompt, "num_compared", 0)
+    scores = [
+        PictureScore(
+            id=f"{number}{spare}",
+            mean_confidence=0.9 if spare else 0.1,
+            prompt_id=CountedPrompt(number),
+            spare=spare,
+        )
+        for spare in (False, True)
+        for number in range(300)
+    ]
+    rows = judge(scores, SelectConfig(rule="confidence", min_confidence=0.5))
+    assert rows[-1]["replaces"] == "299False"
+    assert CountedPrompt.num_compared < 3000
+
+
 def test_a_near_copy_names_its_original_and_only_kept_pictures_have_copies(tmp_path, inputs):
     rows, _ = selected(tmp_path / "one", inputs, rule="checks", twin_bits=6)
     assert (rows[2]["reasons"], rows[2]["twin"]) == (["near copy of another picture"], "a")
