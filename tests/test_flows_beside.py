@@ -20,7 +20,7 @@ from flows.gpus import own_gpus
 from flows.inspection import status
 from flows.recipes import validate
 from flows.runs import run
-from flows.steps import MissingNeedError, StageError
+from flows.steps import Artifact, MissingNeedError, Result, StageError
 from flows.store import Store
 from stages.contracts import Contract, Need
 from tests.toy_pipeline import Ears, ToyRecipe, in_process
@@ -239,6 +239,37 @@ def test_in_a_log_every_line_names_its_instance(meet, capsys):
     assert {"left: started", "middle: started", "last: started"} <= set(lines)
     assert "  first: all visited" in lines
     assert all(line.strip().startswith(("first", *MIDDLE, "last")) for line in lines)
+
+
+def test_on_a_terminal_each_has_a_bar_until_it_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    made = new_engine(tmp_path, diamond())
+    artifact = Artifact(name="left", key="k", folder=tmp_path / "left", manifest={})
+    result = Result(artifact=artifact, cached=False, seconds=1.0, text="all seen")
+
+    with Console(beside=2) as listener:
+        bars = [listener.stage_started(made.instances[name], None) for name in MIDDLE[:2]]
+        for bar in bars:
+            bar.start(8, "visits")
+            bar.advance(3, loss=0.5)
+        drawn = redrawn(listener, capsys).err
+        assert drawn.count("3/8") >= 2
+        assert all(name in drawn for name in MIDDLE[:2])
+        listener.stage_finished(made.instances["left"], result)
+        assert capsys.readouterr().out.startswith("left "), "a line is not for the bars' stream"
+        drawn = redrawn(listener, capsys).err
+        assert ("middle" in drawn, "left" in drawn) == (True, False)
+        bars[1].note("half way")
+        assert "middle: half way" in capsys.readouterr().err
+
+
+def redrawn(listener, capsys):
+    """What the bars look like now."""
+    capsys.readouterr()
+    listener._bars.refresh()
+    return capsys.readouterr()
 
 
 RUN_DIAMOND = """

@@ -302,6 +302,23 @@ def test_the_command_line_runs_the_flow_where_a_server_is_set(prefect, whole_run
     assert "report:" in done.stdout
 
 
+def test_stages_run_beside_each_other_as_tasks_of_one_flow(prefect, tmp_path):
+    words = ("--until", "write_prompts", "--set=run.beside=2", "--set=train_source.steps=1")
+    done = typed(prefect, tmp_path, *words)
+    assert done.returncode == 0, done.stdout
+    record = json.loads(Store(tmp_path).runs()[-1].read_text())
+    made = {"render_world", "prepare", "train_source", "write_prompts"}
+    assert (record["status"], set(record["instances"])) == ("completed", made)
+    tasks = prefect.tasks(record["prefect_run_id"], count=len(made))
+    assert {name: task["state"]["type"] for name, task in tasks.items()} == dict.fromkeys(
+        made, "COMPLETED"
+    )
+    first, second = tasks["render_world"], tasks["write_prompts"]
+    assert max(first["start_time"], second["start_time"]) < min(
+        first["end_time"], second["end_time"]
+    )
+
+
 def test_the_command_line_fails_with_the_flow(prefect, tmp_path):
     done = typed(prefect, tmp_path, "--stage", "refine")
     assert done.returncode == 2, done.stdout
