@@ -313,7 +313,7 @@ def test_stages_run_beside_each_other_as_tasks_of_one_flow(prefect, tmp_path):
     assert {name: task["state"]["type"] for name, task in tasks.items()} == dict.fromkeys(
         made, "COMPLETED"
     )
-    first, second = tasks["render_world"], tasks["write_prompts"]
+    first, second = tasks["train_source"], tasks["write_prompts"]
     assert max(first["start_time"], second["start_time"]) < min(
         first["end_time"], second["end_time"]
     )
