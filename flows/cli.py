@@ -72,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     be_patient()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _as_interrupt)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=console.StandardError(),
+    )
     try:
         words = _with_default_verb(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(words)

@@ -71,6 +71,18 @@ def size(num_bytes: float | None) -> str:
     raise AssertionError("every size has a unit")
 
 
+class StandardError:
+    """Standard error as it is now: while bars are drawn, what comes here is put above them."""
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Show it."""
+        sys.stderr.flush()
+
+
 class Console:
     """Listens to a run: a progress bar where somebody watches, one line per finished stage."""
 

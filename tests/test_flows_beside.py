@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows.beside import threads_each
-from flows.console import Console
+from flows.console import Console, StandardError
 from flows.engine import Engine
 from flows.gpus import own_gpus
 from flows.inspection import status
@@ -257,6 +257,8 @@ def test_on_a_terminal_each_has_a_bar_until_it_ends(tmp_path, monkeypatch, capsy
         drawn = redrawn(listener, capsys).err
         assert drawn.count("3/8") >= 2
         assert all(name in drawn for name in MIDDLE[:2])
+        StandardError().write("INFO a line of the log\n")
+        assert "\x1b[2K" in capsys.readouterr().err.split("INFO")[0], "bars are wiped off before it"
         listener.stage_finished(made.instances["left"], result)
         assert capsys.readouterr().out.startswith("left "), "a line is not for the bars' stream"
         drawn = redrawn(listener, capsys).err
