@@ -68,6 +68,8 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
     if "synthesize" in stages:
         yield from _unused_pictures(recipes["synthesize"])
         yield from _missing_checker(recipes["synthesize"].synthesize)
+    if "select" in stages:
+        yield from _unread_thresholds(recipes["select"].select)
     for instance in pending:
         if "pseudo_label" in instance.contract.sections_of(instance.recipe):
             yield from _unknown_classes(instance)
@@ -160,6 +162,18 @@ def _model_index(model: str, revision: str | None) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None  # what is missing or damaged is told where it is loaded
     return found if isinstance(found, dict) else None
+
+
+def _unread_thresholds(section: Any) -> Iterator[Finding]:
+    """Thresholds that choose nothing, because another rule, or a CLIP, would read them."""
+    for name in section.unread:
+        lacking = [] if section.rule == "checks" else ["select.rule=checks"]
+        if name in {"clip_weights", "min_similarity"} and section.clip is None:
+            lacking.append("a CLIP (select.clip)")
+        value = getattr(section, name)
+        needs = " and ".join(lacking)
+        text = f"{value!r} chooses nothing under rule {section.rule}: it needs {needs}"
+        yield Finding(what=f"select.{name}", state="warning", text=text)
 
 
 def _missing_averages(pending: Sequence[Instance]) -> Iterator[Finding]:

@@ -216,6 +216,22 @@ class SelectConfig(Section):
     """Stop with an error when a smaller share of the pictures asked for (without the spare ones)
     is kept."""
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Settings, other than their default, that this rule does not read."""
+        fields = type(self).model_fields
+        read = {"rule", "min_kept_share"}
+        if self.rule == "confidence":
+            read |= {"keep_share", "min_confidence"}
+        if self.rule == "checks":
+            needs_clip = {"clip_weights", "min_similarity"} if self.clip is None else set()
+            read |= fields.keys() - needs_clip
+        return tuple(
+            name
+            for name in sorted(fields.keys() - read)
+            if getattr(self, name) != fields[name].default
+        )
+
 
 class RefineConfig(Section):
     """Sharpen pseudo-labels with SAM."""

@@ -414,6 +414,19 @@ def test_check_refuses_what_would_stop_a_stage_later(streets, capsys, setting, s
     assert re.search(said, " ".join(capsys.readouterr().out.split()))
 
 
+@pytest.mark.parametrize(
+    ("rule", "needs"),
+    [("all", "it needs select.rule=checks and a CLIP"), ("checks", "it needs a CLIP")],
+)
+def test_a_threshold_that_chooses_nothing_is_said(tmp_path, rule, needs):
+    recipe = load_recipe("tiny", [f"select.rule={rule}", "select.min_similarity=0.9"])
+    engine = Engine(recipe=recipe, store=Store(tmp_path))
+    found = look(list(engine.instances.values()), store=engine.store)
+    told = next(finding for finding in found if finding.what == "select.min_similarity")
+    assert told.state == "warning"
+    assert needs in told.text
+
+
 def test_judging_an_average_that_nobody_keeps_stops_before_the_run(tmp_path, capsys):
     options = ["--recipe", "tiny", "--artifacts", str(tmp_path), "--set", "evaluate.weights=ema"]
     assert main(["run", *options]) == 2

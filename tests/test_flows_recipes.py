@@ -7,7 +7,8 @@ from flows.pipeline import build, select
 from flows.recipes import ConfigError, load_recipe, merge, recipe_files
 from flows.store import Store
 from flows.studies import load_study
-from stages.config import Recipe
+from prompts.loader import load_bank
+from stages.config import Recipe, SelectConfig
 
 
 def write(folder, name, text):
@@ -40,6 +41,39 @@ def test_defaults_fit_each_other_as_the_recipes_do():
 def test_recipes_of_released_settings_refine_by_the_released_rule(name):
     recipe = load_recipe(name)
     assert (recipe.refine.rule, recipe.self_train.unlabelled) == ("released", "negative")
+
+
+PAINTERS = sorted(n for n in recipe_files() if n.startswith(("clouds_", "painted_")))
+
+
+@pytest.mark.parametrize("name", PAINTERS)
+def test_our_own_recipes_choose_among_pictures_and_the_released_ones_take_all(name):
+    recipe = load_recipe(name)
+    section, spare = recipe.select, recipe.synthesize.spare
+    if name.endswith("_released"):
+        assert (section.rule, section.clip, spare) == ("all", None, 0)
+        assert recipe.write_prompts.num_prompts == 100
+    else:
+        assert (section.rule, section.clip is None, spare > 0) == ("checks", False, True)
+        assert min(section.min_sure_share, section.min_classes) > 0
+        assert recipe.write_prompts.num_prompts == len(load_bank())
+    assert not section.unread
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({}, ()),
+        ({"min_kept_share": 0.5}, ()),
+        ({"min_similarity": 0.9}, ("min_similarity",)),
+        ({"keep_share": 0.5, "min_classes": 3}, ("keep_share", "min_classes")),
+        ({"rule": "confidence", "keep_share": 0.5, "min_classes": 3}, ("min_classes",)),
+        ({"rule": "checks", "keep_share": 0.5, "min_similarity": 0.9}, ("min_similarity",)),
+        ({"rule": "checks", "clip": "ViT-B-32", "min_similarity": 0.9}, ()),
+    ],
+)
+def test_thresholds_that_no_rule_reads_are_known(settings, unread):
+    assert SelectConfig(**settings).unread == unread
 
 
 def test_longer_training_on_the_source_is_counted_in_the_recipes_own_steps():
