@@ -20,16 +20,21 @@ from flows.store import Store
 from models.config import (
     MINIATURE_DIR,
     NAME_FIELDS,
+    meant_as_path,
     name_path,
     names_safety_checker,
     weights_path,
 )
+from stages import fitness
 from stages.contracts import labelspace_file
+from stages.labels import load_labelspace
 from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs, strays_told
 
 MIN_FREE_BYTES = 200 * 2**20
 _NUM_LABELS = 4
 _NOT_WEIGHTS = {"bank", "random"}
+_HUB_FIELDS = {"write_prompts.model", "synthesize.model"}
+"""Fields whose values are hub ids where they are no folders, with or without an owner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,7 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
             if found is not None and found.what not in seen:
                 seen.add(found.what)
                 yield found
+    yield from dict.fromkeys(found for instance in pending for found in _unfit(instance))
     yield _disk(store)
 
 
@@ -114,8 +120,6 @@ def _unused_pictures(recipe: Any) -> Iterator[Finding]:
 
 def _unknown_classes(instance: Instance) -> Iterator[Finding]:
     """Thresholds of classes that the label space does not have."""
-    from stages.labels import load_labelspace
-
     named, labels = instance.recipe.pseudo_label.class_thresholds, instance.recipe.data.labels
     if not named or not labelspace_file(labels).is_file():
         return
@@ -216,9 +220,51 @@ def _weights(instance: Instance, field: str) -> Finding | None:
         state = "ok" if local.exists() else "error"
         missing = f"{reference!r}: {local} is not there{_shipped(reference)}"
         return Finding(what=field, state=state, text=str(local) if local.exists() else missing)
-    if "/" not in reference:
+    if meant_as_path(reference) or _is_file(field, parent):
+        text = f"there is no file or folder {reference} (relative paths begin at {Path.cwd()})"
+        return Finding(what=field, state="error", text=text)
+    if "/" not in reference and field not in _HUB_FIELDS:
         return None
-    return _hub(field, reference, getattr(parent, "revision", None))
+    repository = reference.removeprefix("hf-hub:")
+    return _hub(field, repository, getattr(parent, "revision", None))
+
+
+def _is_file(field: str, section: Any) -> bool:
+    """Whether the field names a file in any case, not a hub's model or a library's tag."""
+    if field == "segmenter.encoder.weights":
+        return section.family == "sam"
+    return field == "refine.weights"
+
+
+def _unfit(instance: Instance) -> Iterator[Finding]:
+    """What is there, and does not fit, or is known to no library."""
+    recipe, sections = instance.recipe, instance.contract.sections_of(instance.recipe)
+    found: dict[str, str | None] = {}
+    if "write_prompts" in sections:
+        section = recipe.write_prompts
+        if section.server is not None:
+            found["write_prompts.server"] = fitness.server_problem(section.server, section.model)
+        else:
+            found["write_prompts.model"] = fitness.chat_template_problem(section.model)
+    if "synthesize" in sections and recipe.synthesize.mode == "paint":
+        found["synthesize.scheduler"] = fitness.scheduler_problem(recipe.synthesize.scheduler)
+    if "select" in sections and recipe.select.rule == "checks":
+        found["select.clip"] = fitness.clip_problem(recipe.select.clip)
+    if "refine" in sections:
+        section = recipe.refine
+        found["refine.weights"] = fitness.sam_problem(section.model, section.weights)
+        found["refine.rule"] = fitness.rule_problem(section.rule, _class_names(recipe))
+    for what, problem in found.items():
+        if problem is not None:
+            yield Finding(what=what, state="error", text=problem.removeprefix(f"{what}: "))
+
+
+def _class_names(recipe: Any) -> tuple[str, ...]:
+    """The label space's classes; none where its file cannot be read, which is told elsewhere."""
+    try:
+        return load_labelspace(recipe.data.labels).names
+    except (OSError, ValueError):
+        return ()
 
 
 def _shipped(reference: str) -> str:
@@ -258,6 +304,12 @@ def _hub(field: str, repository: str, revision: str | None) -> Finding:
     text = f"{repository} is not in the local hub cache; fetch it with `{fetch}`"
     if offline:
         return Finding(what=field, state="error", text=text + " (HF_HUB_OFFLINE is set)")
+    absent, problem = fitness.hub_problem(repository, revision)
+    if absent:
+        text = f"{repository!r} is no folder here and no model of the hub ({problem})"
+        return Finding(what=field, state="error", text=text)
+    if problem:
+        text += f" (the hub was not reached: {problem})"
     return Finding(what=field, state="warning", text=text + ", or it is fetched when it is needed")
 
 
@@ -280,6 +332,9 @@ def everything(engine: Engine) -> Iterator[Finding]:
     yield Finding(what="cores", state="ok", text=str(os.cpu_count()))
     yield from _beside(engine.recipe.run.beside)
     yield from _device(engine.recipe)
+    yield from dict.fromkeys(
+        found for instance in engine.instances.values() for found in _names(instance)
+    )
     # A folder that is not there cannot be read either: its error stands above once.
     yield from (finding for finding in _label_values(engine.recipe) if finding.text not in told)
 
@@ -290,6 +345,27 @@ def _beside(count: int) -> Iterator[Finding]:
         threads = os.environ.get("OMP_NUM_THREADS") or threads_each(count)
         text = f"{count} stages at once, {threads} threads each, on GPUs one at a time per GPU"
         yield Finding(what="run.beside", state="ok", text=text)
+
+
+def _names(instance: Instance) -> Iterator[Finding]:
+    """Whether libraries know what encoders and tags are called (imports them)."""
+    recipe, sections = instance.recipe, instance.contract.sections_of(instance.recipe)
+    if "segmenter" in sections:
+        encoder = recipe.segmenter.encoder
+        folder = name_path(encoder.name)
+        if folder is not None and not folder.exists():
+            return  # told above
+        problem = fitness.encoder_problem(encoder)
+        known = f"{encoder.family} knows {encoder.name}, weights {encoder.weights}"
+        state = "error" if problem else "ok"
+        yield Finding(what="segmenter.encoder", state=state, text=problem or known)
+    if "select" in sections and recipe.select.rule == "checks" and recipe.select.clip:
+        clip, weights = recipe.select.clip, recipe.select.clip_weights
+        if fitness.clip_problem(clip) is not None:
+            return  # told above
+        problem = fitness.clip_tag_problem(clip, weights)
+        known = f"open_clip knows {clip}, weights {weights}"
+        yield Finding(what="select.clip", state="error" if problem else "ok", text=problem or known)
 
 
 def _device(recipe: Any) -> Iterator[Finding]:

@@ -230,3 +230,20 @@ def name_path(reference: str) -> Path | None:
     path = Path(reference)
     looks_local = path.is_absolute() or len(path.parts) > 1 or path.suffix != ""
     return path if looks_local and path.exists() else None
+
+
+_WEIGHT_SUFFIXES = frozenset({".pth", ".pt", ".pkl", ".bin", ".ckpt", ".safetensors"})
+
+
+def meant_as_path(reference: str) -> bool:
+    """Whether a reference that leads nowhere here is a path rather than a hub id or a tag.
+
+    A hub id is at most `owner/name`, begins with a letter or digit and has no ending of a file.
+    """
+    path = Path(reference)
+    return (
+        reference.startswith((".", "~", "/"))
+        or reference.endswith("/")
+        or len(path.parts) > 2
+        or path.suffix in _WEIGHT_SUFFIXES
+    )

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from models.config import weights_path
 
@@ -88,18 +95,40 @@ def hub_file(repository: str, names: Sequence[str], *, option: str) -> Path:
 
 
 def _hub_problem(reference: str, revision: str | None) -> str | None:
+    return ask_hub(reference, revision).problem or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubAnswer:
+    """What the hub says of a model."""
+
+    absent: bool = False
+    """It says that there is none of that name or revision (or that it is private)."""
+    problem: str = ""
+    """Why the model cannot be had, in a line; empty: it can."""
+
+
+def ask_hub(
+    reference: str, revision: str | None = None, *, timeout_s: float = TIMEOUT_S
+) -> HubAnswer:
+    """Ask the hub whether it has a model; without a network that is a problem, no absence."""
+    absent = False
     try:
-        HfApi().model_info(reference, revision=revision, timeout=TIMEOUT_S)
-    except HfHubHTTPError as error:
-        return str(error).strip().split("\n")[0][:200]
-    except (OSError, OfflineModeIsEnabled) as error:
-        return str(error).strip().split("\n")[0][:200] or type(error).__name__
+        HfApi().model_info(reference, revision=revision, timeout=timeout_s)
+        return HubAnswer()
+    except GatedRepoError as error:
+        problem = error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        problem, absent = error, True
+    except (HfHubHTTPError, OSError, OfflineModeIsEnabled) as error:
+        problem = error
     except Exception as error:
         # Which exceptions mean "no network" depends on the hub client's HTTP library.
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        return str(error).strip().split("\n")[0][:200] or type(error).__name__
-    return None
+        problem = error
+    told = str(problem).strip().split("\n")[0][:200] or type(problem).__name__
+    return HubAnswer(absent=absent, problem=told)
 
 
 @contextmanager

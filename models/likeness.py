@@ -146,7 +146,7 @@ def load_scorer(
             )
         name = f"local-dir:{local}"
     elif not name.startswith("hf-hub:"):
-        _check_name(name, weights)
+        check_name(name, weights)
     try:
         with refusing_code(f"select.clip: {name}"):
             model, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights)
@@ -165,7 +165,12 @@ def load_scorer(
     )
 
 
-def _check_name(name: str, weights: str | None) -> None:
+def check_name(name: str, weights: str | None) -> None:
+    """Look whether open_clip knows a model and how it is to get weights; loads nothing.
+
+    Raises:
+        ValueError: an unknown name, or a name without weights.
+    """
     known = open_clip.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or known[:5]

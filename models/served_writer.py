@@ -18,10 +18,11 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from models.writer import Reply
+from models.reply import Reply
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 10.0
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Waits between the tries of one request."""
 _BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -103,7 +104,7 @@ class ServedWriter:
         )
 
 
-def request(url: str, body: Mapping[str, Any] | None) -> Any:
+def request(url: str, body: Mapping[str, Any] | None, *, timeout_s: float = TIMEOUT_S) -> Any:
     """POST a JSON body (or GET, without one) and read the JSON answer.
 
     Raises:
@@ -115,7 +116,7 @@ def request(url: str, body: Mapping[str, Any] | None) -> Any:
     if key := os.environ.get(KEY_VARIABLE):
         headers["Authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
-    with urlopen(Request(url, data=data, headers=headers), timeout=TIMEOUT_S) as answer:
+    with urlopen(Request(url, data=data, headers=headers), timeout=timeout_s) as answer:
         text = answer.read().decode("utf-8", errors="replace")
     try:
         return json.loads(text)
@@ -149,7 +150,7 @@ def connect(url: str, *, model: str, pauses_s: Sequence[float] = PAUSES_S) -> Se
         )
     url = url.rstrip("/")
     try:
-        listed = request(f"{url}/models", None)
+        listed = request(f"{url}/models", None, timeout_s=CONNECT_TIMEOUT_S)
     except HTTPError as error:
         if error.code in (401, 403):
             raise ValueError(_refusal(f"{url}/models", error)) from None

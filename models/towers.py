@@ -119,6 +119,56 @@ def open_clip_architecture(config: EncoderConfig) -> dict[str, Any]:
     return found
 
 
+def check_names(config: EncoderConfig) -> None:
+    """Look whether the library knows the encoder's name and tag; builds and reads nothing.
+
+    Raises:
+        FileNotFoundError: a folder without a description.
+        ValueError: an unknown name or tag; names the nearest ones.
+    """
+    config = at_hand(config)
+    tagged = config.weights is not None and weights_path(config.weights) is None
+    tagged = tagged and "/" not in config.weights
+    match config.family:
+        case "open_clip":
+            open_clip_architecture(config)
+            if tagged:
+                _require_open_clip_tag(config)
+        case "timm":
+            import timm
+
+            base = config.name.partition(".")[0]
+            if not timm.is_model(base):
+                raise unknown("encoder.name", base, timm.list_models())
+            if tagged:
+                _require_timm_tag(f"{base}.{config.weights}")
+        case "transformers" if config.name not in MIT_SIZES:
+            raise unknown("encoder.name", config.name, list(MIT_SIZES))
+        case "sam" if config.name not in SAM_SIZES:
+            raise unknown("encoder.name", config.name, list(SAM_SIZES))
+
+
+def _require_open_clip_tag(config: EncoderConfig) -> None:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(config.name)
+    if config.weights not in tags:
+        raise unknown(
+            f"encoder.weights of {config.name} (no such file or folder either)",
+            config.weights,
+            tags,
+        )
+
+
+def _require_timm_tag(name: str) -> None:
+    import timm
+
+    base, _, tag = name.partition(".")
+    if not timm.models.is_model_pretrained(name):
+        tags = [n.partition(".")[2] for n in timm.list_models(f"{base}.*", pretrained=True)]
+        raise unknown(f"encoder.weights of {base} (no such file either)", tag, tags)
+
+
 def uses_quick_gelu(config: EncoderConfig, model: dict[str, Any]) -> bool:
     """Whether activations are OpenAI's fast approximation: as pre-trained, else as described."""
     import open_clip
@@ -162,13 +212,7 @@ def open_clip_weights(config: EncoderConfig) -> dict[str, torch.Tensor]:
 
     path = weights_file(config.weights, OPEN_CLIP_FILES)
     if path is None:
-        tags = open_clip.list_pretrained_tags_by_model(config.name)
-        if config.weights not in tags:
-            raise unknown(
-                f"encoder.weights of {config.name} (no such file or folder either)",
-                config.weights,
-                tags,
-            )
+        _require_open_clip_tag(config)
         path = open_clip.download_pretrained(
             open_clip.get_pretrained_cfg(config.name, config.weights)
         )
@@ -275,13 +319,11 @@ def create_timm(name: str, tuning: TuningConfig, **options: Any) -> nn.Module:
     """A timm model without classifier, for any input size."""
     import timm
 
-    base, _, tag = name.partition(".")
+    base = name.partition(".")[0]
     if not timm.is_model(base):
         raise unknown("encoder.name", base, timm.list_models())
-    if options.get("pretrained") and not timm.models.is_model_pretrained(name):
-        tags = [n.partition(".")[2] for n in timm.list_models(f"{base}.*", pretrained=True)]
-        if "pretrained_cfg_overlay" not in options:
-            raise unknown(f"encoder.weights of {base} (no such file either)", tag, tags)
+    if options.get("pretrained") and "pretrained_cfg_overlay" not in options:
+        _require_timm_tag(name)
     if base.startswith(("vit_", "eva", "deit")):
         options = {"dynamic_img_size": True} | options
     if tuning.drop_path:

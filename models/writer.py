@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from models.hub import Source, find_model, loading
+from models.reply import Reply
 from models.tensors import refusing_code
 
 RANDOM = "random"
@@ -40,15 +41,6 @@ _CHAT_TEMPLATE = (
     "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What the model wrote."""
-
-    text: str
-    finished: bool
-    """Whether it ended the reply itself, rather than at the token limit."""
 
 
 class GumbelNoise(LogitsProcessor):

@@ -240,7 +240,7 @@ class RefineConfig(Section):
     """agreement: masks are used where SAM and the teacher agree, small things stay, unsure pixels
     are left out; released: as CLOUDS published it, masks replace components; majority (SSA), guided
     (SAM4UDASS), stuff_things (SeCo): automatic masks, labelled by the teacher's labels in them."""
-    model: str = "vit_h"
+    model: Literal["vit_b", "vit_l", "vit_h", "config", "tiny"] = "vit_h"
     """SAM variant (vit_b, vit_l, vit_h), "config" to read the sizes beside the weights, or "tiny":
     a quarter of the miniature's (with weights null: random, for tests)."""
     weights: str | None = None
@@ -294,6 +294,15 @@ class RefineConfig(Section):
     """Prompts per decoder call."""
     shard_size: int = Field(200, ge=1, le=1000)
     """Pictures per shard."""
+
+    @model_validator(mode="after")
+    def _sizes_are_beside_the_weights(self) -> Self:
+        if self.model == "config" and self.weights is None:
+            raise ValueError(
+                "model is config, which reads the sizes beside the weights: set refine.weights to "
+                "a folder with config.json and sam.safetensors"
+            )
+        return self
 
 
 class SelfTrainConfig(Section):

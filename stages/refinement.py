@@ -27,11 +27,10 @@ from models.refiner import Masks, Prompts, Refiner, build_refiner, point_prompts
 from models.rule_classes import RuleClasses
 from stages.config import RefineConfig, StageConfig
 from stages.devices import Device
+from stages.fitness import BY_CLASS, rule_problem
 from stages.labels import IGNORE
 from stages.shards import item_seed
 
-BY_CLASS = frozenset({"guided", "stuff_things"})
-"""Rules that treat some classes in ways of their own: those of Cityscapes."""
 NEEDS_CONFIDENCE = frozenset({"agreement", "guided"})
 
 
@@ -258,14 +257,9 @@ def load_refinement(
         ValueError: they do not fit, or the rule does not know one of the classes.
     """
     section = config.refine
-    classes = None
-    if section.rule in BY_CLASS:
-        try:
-            classes = RuleClasses.of(class_names)
-        except ValueError as error:
-            raise ValueError(
-                f"refine.rule={section.rule}: {error}. Use released, agreement or majority."
-            ) from None
+    if (problem := rule_problem(section.rule, class_names)) is not None:
+        raise ValueError(problem)
+    classes = RuleClasses.of(class_names) if section.rule in BY_CLASS else None
     return Refinement(
         refiner=build_refiner(
             section.model, section.weights, device=device.device, seed=config.seed

@@ -1,0 +1,189 @@
+"""What `check` and `run` tell of models, servers and rules before any work."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import open_clip
+import pytest
+
+from flows.check import look
+from flows.cli import main
+from flows.engine import Engine
+from flows.recipes import ConfigError, load_recipe
+from flows.store import Store
+from models.config import EncoderConfig
+from models.painter import known_schedulers
+from stages import fitness
+
+
+def told(tmp_path, *settings, state="error"):
+    """What is found of one state: field -> text."""
+    engine = Engine(recipe=load_recipe("tiny", settings), store=Store(tmp_path / "artifacts"))
+    found = look(list(engine.instances.values()), store=engine.store)
+    return {finding.what: finding.text for finding in found if finding.state == state}
+
+
+@contextmanager
+def hub(monkeypatch, tmp_path, *known):
+    """A hub that knows some models."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            there = self.path.removeprefix("/api/models/").partition("?")[0] in known
+            content = json.dumps({"id": "there", "siblings": []} if there else {}).encode()
+            self.send_response(200 if there else 404)
+            if not there:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    online(monkeypatch, tmp_path, f"http://127.0.0.1:{http.server_address[1]}")
+    try:
+        yield
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def online(monkeypatch, tmp_path, address):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name, value in {
+        "ENDPOINT": address,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "refine.weights=weights/nothere.pth",
+        "refine.weights=owner/name",
+        "write_prompts.model=./no/folder",
+        "write_prompts.model=~/models/writer",
+        "synthesize.model=/no/such/painter",
+        "segmenter.encoder.weights=weights/x.pth",
+    ],
+)
+def test_a_path_that_leads_nowhere_is_an_error_and_no_hub_id(tmp_path, setting, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    field, _, reference = setting.partition("=")
+    text = told(tmp_path, setting, "refine.model=vit_b")[field]
+    assert text.startswith(f"there is no file or folder {reference} ")
+    assert "hf download" not in text
+
+
+def test_a_missing_file_stops_a_run_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "--recipe", "tiny", "--artifacts", "artifacts", "--until", "refine"]
+    assert main([*words, "--set", "refine.weights=weights/nothere.pth"]) == 2
+    assert "there is no file or folder weights/nothere.pth" in capsys.readouterr().err
+    assert not list((tmp_path / "artifacts").glob("*/*/manifest.json"))
+
+
+def test_the_hub_is_asked_where_it_can_be_asked(tmp_path, monkeypatch):
+    fields = ("write_prompts.model", "synthesize.model")
+    settings = [f"{fields[0]}=owner/typo", f"{fields[1]}=nosuch"]
+    with hub(monkeypatch, tmp_path, "owner/there", "plain"):
+        wrong = told(tmp_path, *settings)
+        assert "'owner/typo' is no folder here and no model of the hub" in wrong[fields[0]]
+        assert "'nosuch' is no folder here and no model of the hub" in wrong[fields[1]]
+        right = [f"{fields[0]}=owner/there", f"{fields[1]}=plain"]
+        assert not told(tmp_path, *right)
+        assert "hf download owner/there" in told(tmp_path, *right, state="warning")[fields[0]]
+    online(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    assert not told(tmp_path, *settings)
+    assert "not reached" in told(tmp_path, *settings, state="warning")[fields[0]]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set" in told(tmp_path, *settings)[fields[0]]
+
+
+def test_what_does_not_fit_is_told_before_any_work(tmp_path):
+    writer = tmp_path / "writer"
+    writer.mkdir()
+    (writer / "tokenizer_config.json").write_text("{}")
+    sam = tmp_path / "sam.pth"
+    with sam.open("wb") as file:
+        file.truncate(375_050_000)  # no disk is used
+    (tmp_path / "own.yaml").write_text(
+        "name: own\nclasses:\n- {id: 0, name: road, colour: [1, 2, 3]}\n"
+        "- {id: 1, name: cow, colour: [1, 2, 4]}\nmaps: {}\n"
+    )
+    settings = {
+        "write_prompts.model": str(writer),
+        "synthesize.scheduler": "EulerSheduler",
+        "select.rule": "checks",
+        "select.clip": "ViT-B-33",
+        "refine.rule": "guided",
+        "refine.model": "vit_h",
+        "refine.weights": str(sam),
+        "data.labels": str(tmp_path / "own.yaml"),
+    }
+    found = told(tmp_path, *(f"{name}={value}" for name, value in settings.items()))
+    expected = {
+        "write_prompts.model": "no chat template",
+        "synthesize.scheduler": "EulerDiscreteScheduler",
+        "select.clip": "open_clip has no 'ViT-B-33'; nearest: ViT-B-32",
+        "refine.weights": "has 375 MB as vit_b, and refine.model is vit_h",
+        "refine.rule": "cow",
+    }
+    for what, text in expected.items():
+        assert text in found[what]
+    (writer / "chat_template.jinja").touch()
+    settings |= {"synthesize.scheduler": "EulerDiscreteScheduler", "select.clip": "ViT-B-32"}
+    settings |= {"refine.rule": "majority", "refine.model": "vit_b"}
+    found = told(tmp_path, *(f"{name}={value}" for name, value in settings.items()))
+    assert not found.keys() & expected.keys()
+
+
+def test_a_server_that_nobody_runs_is_told_before_any_work(tmp_path):
+    settings = ["write_prompts.server=http://127.0.0.1:9/v1", "write_prompts.model=m"]
+    found = told(tmp_path, *settings)
+    assert found["write_prompts.server"].startswith("nobody answers at http://127.0.0.1:9/v1")
+
+
+def test_variants_of_sam_that_nobody_knows_or_without_sizes_are_refused():
+    with pytest.raises(ConfigError, match="vit_x"):
+        load_recipe("tiny", ["refine.model=vit_x"])
+    with pytest.raises(ConfigError, match=r"folder with config\.json"):
+        load_recipe("tiny", ["refine.model=config", "refine.weights=null"])
+
+
+@pytest.mark.parametrize(
+    ("encoder", "text"),
+    [
+        ({"name": "RN51"}, "nearest: RN50"),
+        ({"name": "RN50", "weights": "openia"}, "unknown 'openia'; nearest: openai"),
+        ({"name": "RN50", "weights": "openai"}, None),
+        ({"family": "timm", "name": "vit_larg_patch14_dinov2"}, "nearest: vit_large_patch14_dinov"),
+        ({"family": "timm", "name": "resnet50", "weights": "a1_in2k"}, "nearest: a1_in1k"),
+        ({"family": "timm", "name": "resnet50", "weights": "a1_in1k"}, None),
+        ({"family": "transformers", "name": "mit-b6"}, "nearest: mit-b"),
+        ({"family": "sam", "name": "vit_g"}, "nearest: vit_"),
+        ({"name": "builtin:clip", "weights": "builtin:clip"}, None),
+    ],
+)
+def test_names_and_tags_that_no_library_knows_are_told(encoder, text):
+    problem = fitness.encoder_problem(EncoderConfig(**encoder))
+    assert problem is None if text is None else text in problem
+
+
+def test_a_clips_tag_is_looked_up():
+    assert "nearest: laion2b_s34b_b79k" in fitness.clip_tag_problem("ViT-B-32", "laion2b_s34b_b79")
+    assert fitness.clip_tag_problem("ViT-B-32", "openai") is None
+    assert "needs select.clip_weights" in fitness.clip_tag_problem("ViT-B-32", None)
+
+
+def test_names_read_from_files_are_those_of_the_libraries():
+    assert [name for name in known_schedulers() if fitness.scheduler_problem(name)] == []
+    assert [name for name in open_clip.list_models() if fitness.clip_problem(name)] == []
