@@ -240,6 +240,8 @@ def _unfit(instance: Instance) -> Iterator[Finding]:
     """What is there, and does not fit, or is known to no library."""
     recipe, sections = instance.recipe, instance.contract.sections_of(instance.recipe)
     found: dict[str, str | None] = {}
+    if "segmenter" in sections:
+        yield from _tag_without_weights(recipe.segmenter.encoder)
     if "write_prompts" in sections:
         section = recipe.write_prompts
         if section.server is not None:
@@ -257,6 +259,17 @@ def _unfit(instance: Instance) -> Iterator[Finding]:
     for what, problem in found.items():
         if problem is not None:
             yield Finding(what=what, state="error", text=problem.removeprefix(f"{what}: "))
+
+
+def _tag_without_weights(encoder: Any) -> Iterator[Finding]:
+    """A name of timm with the tag of weights, which loads none."""
+    name, _, tag = encoder.name.partition(".")
+    if encoder.family == "timm" and tag and encoder.weights is None:
+        text = (
+            f"it is null, so the encoder begins with random weights: the tag {tag} in encoder.name "
+            f"loads none. Set segmenter.encoder.weights={tag} (and name={name})"
+        )
+        yield Finding(what="segmenter.encoder.weights", state="warning", text=text)
 
 
 def _class_names(recipe: Any) -> tuple[str, ...]:

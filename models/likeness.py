@@ -8,9 +8,11 @@ similarity = scorer.score(pictures, texts)
 # B pictures with one text each, D width of the common space
 import difflib
 import itertools
+import logging
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,9 +150,9 @@ def load_scorer(
     elif not name.startswith("hf-hub:"):
         check_name(name, weights)
     try:
-        with refusing_code(f"select.clip: {name}"):
+        with refusing_code(f"select.clip: {name}"), _quiet():
             model, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights)
-        tokenize = open_clip.get_tokenizer(name)
+            tokenize = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(
@@ -163,6 +165,17 @@ def load_scorer(
         transform=transform,
         device=torch.device(device),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip tells the root logger of every step, with the machine's paths."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def check_name(name: str, weights: str | None) -> None:

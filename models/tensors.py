@@ -45,13 +45,13 @@ def refusing_code(what: str) -> Iterator[None]:
 
     Raises:
         ValueError: in place of the unpickler's error, however wrapped, or of a damaged
-            safetensors file's.
+            safetensors file's, or of a TorchScript program's.
     """
     try:
         yield
     except Exception as error:
         for reason in _chain(error):
-            if isinstance(reason, UnpicklingError | SafetensorError):
+            if isinstance(reason, UnpicklingError | SafetensorError) or _is_program(reason):
                 raise ValueError(unreadable(what, reason)) from error
         raise
 
@@ -62,10 +62,20 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _is_program(error: BaseException) -> bool:
+    """Whether torch refused a file because it holds a TorchScript program."""
+    return isinstance(error, RuntimeError) and "TorchScript" in str(error)
+
+
 def unreadable(what: str, error: BaseException) -> str:
     """The message for a file that cannot be read as plain tensors."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = next((line for line in lines if "GLOBAL" in line), lines[0])[:200].rstrip(".")
+    if _is_program(error):
+        return (
+            f"{what} is a TorchScript program (as OpenAI's own CLIP files are), which is never "
+            "run: take its weights as .safetensors, or open_clip's tag (openai)."
+        )
     return (
         f"{what} cannot be read as a checkpoint of plain tensors ({reason}). Is it whole? Files "
         "that would run code are never read: ask for its weights as .safetensors."

@@ -359,7 +359,7 @@ MIT_SIZES = {
 
 
 def build_mit(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Encoder:
-    """transformers' SegFormer encoder; `weights` is a hub id, a folder, or `default`."""
+    """transformers' SegFormer encoder; `weights` is a hub id, a folder, a file, or `default`."""
     from transformers import SegformerConfig, SegformerModel
 
     if config.name not in MIT_SIZES:
@@ -367,7 +367,13 @@ def build_mit(config: EncoderConfig, tuning: TuningConfig, *, load: bool) -> Enc
     depths, widths = MIT_SIZES[config.name]
     options = {"depths": depths, "hidden_sizes": widths} | (config.architecture or {})
     architecture = SegformerConfig(drop_path_rate=tuning.drop_path, **options)
-    if load and config.weights:
+    file = weights_path(config.weights) if config.weights else None
+    if load and file is not None and file.is_file():
+        trunk = SegformerModel(architecture)
+        state = read_tensors(file, option="encoder.weights")
+        whole = any(name.startswith("segformer.") for name in state)  # with a head above it
+        load_trunk(trunk, state, "segformer." if whole else "")
+    elif load and config.weights:
         source = f"nvidia/{config.name}" if config.weights == "default" else config.weights
         with loading(source, option="encoder.weights"):
             trunk = SegformerModel.from_pretrained(source, config=architecture)

@@ -125,6 +125,12 @@ def key_report(report: "ImportReport") -> Iterator[str]:
     yield f"  matched     {len(keys.matched)}" + (f" ({inside})" if inside else "")
     if report.complete:
         yield f"  verified    {report.verified} frozen tensors equal the pre-trained weights"
+    own = sum(name.startswith("backbone.") for name in report.left_out)
+    if report.origin == "rein" and own:
+        yield (
+            f"  not compared {own} tensors of the file's own encoder: the encoder has the weights "
+            "of segmenter.encoder.weights, whatever the file's are"
+        )
     groups = Counter(".".join(name.split(".")[:2]) for name in report.left_out)
     outside = ", ".join(f"{group}.* {count}" for group, count in sorted(groups.items()))
     yield f"  not needed  {len(report.left_out)}" + (f" ({outside})" if outside else "")

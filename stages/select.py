@@ -192,9 +192,9 @@ def _check_kept(statistics: Row, scores: Sequence[PictureScore], section: Select
         return
     best = max(score.mean_confidence for score in scores)
     reasons = "; ".join(f"{count} {reason}" for reason, count in statistics["reasons"].items())
+    wanted = f", fewer than the {section.min_kept_share:.0%} of select.min_kept_share"
     raise ValueError(
-        f"select keeps {num_kept or 'none'} of {total} pictures, fewer than select.min_kept_share "
-        f"({section.min_kept_share:.0%}) or none at all. Why: {reasons}. The best mean confidence "
-        f"is {best:.3f}. Loosen the thresholds, paint spare pictures (synthesize.spare) or train "
-        "the teacher longer."
+        f"select keeps {num_kept or 'none'} of {total} pictures{wanted if num_kept else ''}. Why: "
+        f"{reasons}. The best mean confidence is {best:.3f}. Loosen the thresholds, paint spare "
+        "pictures (synthesize.spare) or train the teacher longer."
     )

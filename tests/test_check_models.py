@@ -187,3 +187,13 @@ def test_a_clips_tag_is_looked_up():
 def test_names_read_from_files_are_those_of_the_libraries():
     assert [name for name in known_schedulers() if fitness.scheduler_problem(name)] == []
     assert [name for name in open_clip.list_models() if fitness.clip_problem(name)] == []
+
+
+def test_a_tag_in_the_name_that_loads_nothing_is_told(tmp_path):
+    name = "segmenter.encoder.name=eva02_large_patch14_224.mim_m38m"
+    settings = [name, "segmenter.encoder.family=timm", "segmenter.encoder.weights=null"]
+    warned = told(tmp_path, *settings, state="warning")["segmenter.encoder.weights"]
+    assert "random weights" in warned
+    assert "encoder.weights=mim_m38m" in warned
+    settings[2] = "segmenter.encoder.weights=mim_m38m"
+    assert "segmenter.encoder.weights" not in told(tmp_path, *settings, state="warning")

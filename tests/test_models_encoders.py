@@ -128,12 +128,7 @@ HUB_FILES = {
 
 @pytest.mark.parametrize(
     ("encoder", "kind"),
-    [
-        (encoder, kind)
-        for encoder in HUB_FILES
-        for kind in ("file", "folder", "hub id")
-        if (encoder, kind) != ("MiT", "file")  # transformers loads folders
-    ],
+    [(encoder, kind) for encoder in HUB_FILES for kind in ("file", "folder", "hub id")],
 )
 def test_weights_come_from_a_file_a_folder_or_the_hubs_cache(tmp_path, monkeypatch, encoder, kind):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -158,6 +153,25 @@ def test_weights_come_from_a_file_a_folder_or_the_hubs_cache(tmp_path, monkeypat
     loaded = build_encoder(config.model_copy(update={"weights": weights}), TuningConfig())
     for name, value in loaded.trunk.state_dict().items():
         assert torch.equal(value, state[prefix + name]), name
+
+
+def test_a_segformers_own_file_with_its_head_gives_its_encoder(tmp_path):
+    config = EncoderConfig.model_validate(ENCODERS["MiT"])
+    source = build_encoder(config, TuningConfig()).trunk
+    state = {f"segformer.{n}": v + 1 for n, v in source.state_dict().items()}
+    save_file(state | {"decode_head.x": torch.zeros(1)}, tmp_path / "whole.safetensors")
+    weights = str(tmp_path / "whole.safetensors")
+    loaded = build_encoder(config.model_copy(update={"weights": weights}), TuningConfig()).trunk
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state[f"segformer.{name}"]), name
+
+
+def test_a_torchscript_file_is_refused_with_the_way_out(tmp_path):
+    file = tmp_path / "RN50.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+    config = EncoderConfig.model_validate(ENCODERS["CLIP ResNet"] | {"weights": str(file)})
+    with pytest.raises(ValueError, match=r"RN50\.pt is a TorchScript program.*tag \(openai\)"):
+        build_encoder(config, TuningConfig())
 
 
 @pytest.mark.parametrize("encoder", ["CLIP ResNet", "DINOv2"])

@@ -6,14 +6,17 @@ themselves are not at hand.
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from models.build import build_segmenter
+from models.checkpoints import KeyReport
 from models.config import SegmenterConfig
-from models.imports import import_segmenter, read_state
+from models.imports import ImportReport, import_segmenter, read_state
 from models.inference import predict
+from stages.adoption import key_report
 
 NAMES = ["road", "sky", "car"]
 DECODER = {
@@ -357,3 +360,14 @@ def test_a_file_with_another_eva_says_how_to_build_it(tmp_path):
     told = {name: json.loads(value) for name, value in settings.items()}
     imported, _ = import_segmenter(path, config=small_config("vltseg", **told), class_names=NAMES)
     assert torch.equal(predict(imported, some_images()), predict(segmenter, some_images()))
+
+
+def test_the_key_report_says_that_reins_own_backbone_is_not_compared():
+    keys = KeyReport(matched=("decoder.x",), missing=(), unexpected=(), misshapen=())
+    left_out = ("backbone.cls_token", "backbone.blocks.0.norm1.weight", "data_preprocessor.mean")
+    whole = ImportReport(origin="rein", keys=keys, left_out=left_out)
+    said = "\n".join(key_report(whole))
+    assert "not compared 2 tensors of the file's own encoder" in said
+    light = replace(whole, left_out=left_out[2:])
+    assert "not compared" not in "\n".join(key_report(light))
+    assert "not compared" not in "\n".join(key_report(replace(whole, origin="vltseg")))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 
 import numpy as np
 import open_clip
@@ -122,3 +123,11 @@ def test_a_clip_that_is_not_to_be_had_is_refused_with_the_way_out(tmp_path):
         load_scorer("ViT-B-33")
     with pytest.raises(ValueError, match=r"needs select\.clip_weights.*laion2b_s34b_b79k"):
         load_scorer("ViT-B-32")
+
+
+def test_loading_a_clip_tells_the_log_no_paths(clip_folder, caplog):
+    caplog.set_level(logging.INFO)
+    load_scorer(f"local-dir:{clip_folder}")
+    assert str(clip_folder) not in caplog.text
+    logging.info("afterwards")
+    assert "afterwards" in caplog.text

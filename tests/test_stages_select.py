@@ -327,9 +327,11 @@ def test_two_runs_leave_the_same(tmp_path, inputs):
 
 
 def test_keeping_none_or_too_few_is_an_error_with_reasons(tmp_path, inputs):
-    with pytest.raises(ValueError, match=r"none of 5.*5 mean confidence below 0\.95.*0\.900"):
+    with pytest.raises(
+        ValueError, match=r"keeps none of 5 pictures\. Why: 5 mean confidence below 0\.95.*0\.900"
+    ):
         selected(tmp_path / "a", inputs, rule="confidence", min_confidence=0.95)
-    with pytest.raises(ValueError, match=r"keeps 3 of 5 pictures, fewer than .*80%"):
+    with pytest.raises(ValueError, match=r"keeps 3 of 5 pictures, fewer than the 80% of .*\. Why"):
         selected(tmp_path / "b", inputs, rule="confidence", keep_share=0.6, min_kept_share=0.8)
 
 
