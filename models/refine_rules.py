@@ -29,13 +29,15 @@ class Agreement:
     """SAM's own estimate of a mask's IoU below which the mask is not used."""
     min_agreement: float = 0.0
     """IoU of mask and component below which the mask is not used."""
+    min_stability: float = 0.0
+    """SAM's stability score below which the mask is not used; 0: not looked at."""
     trust: float = 1.0
     """Mean confidence from which on a component without a usable mask keeps its labels."""
     sure: float = 1.0
     """Confidence from which on a pixel that belongs to no shape keeps its label."""
-    overlaps: Literal["front", "nobody"] = "nobody"
+    overlaps: Literal["front", "score", "nobody"] = "nobody"
     """Whose the pixels are that shapes of several classes claim: the smallest one's, which stands
-    in front; or nobody's."""
+    in front; that of the highest score; or nobody's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ def agreement_rule(
     masks_PCHW: torch.Tensor,
     iou_PC: torch.Tensor,
     *,
+    stability_PC: torch.Tensor | None = None,
     settings: Agreement,
     void: int = 255,
 ) -> Ruling:
@@ -105,12 +108,13 @@ def agreement_rule(
     1. A candidate's score is (predicted IoU x IoU with the component). Of a component's candidates
        the one with the highest score is chosen. It is accepted if the score is at least
        `min_score` x (the teacher's mean confidence in the class, in this picture) squared, and both
-       factors reach thresholds of their own.
+       factors, and the mask's stability, reach thresholds of their own.
     2. A component without an accepted mask keeps its own shape, if the teacher's mean confidence
        in it is at least `trust`; else it is left out.
     3. What shapes of several classes claim is nobody's; or, by `overlaps`, shapes are painted from
        the largest component to the smallest, so that what is small and in front stays (as
-       SAM4UDASS paints its masks; Yan et al. 2023).
+       SAM4UDASS paints its masks; Yan et al. 2023), or the highest score wins: equal ones as in
+       front, and shapes without an accepted mask yield to all others.
     4. A labelled pixel that is nobody's keeps its label if the teacher is `sure` of it, else it is
        undecided. That includes components that were too small for a prompt.
 
@@ -122,6 +126,7 @@ def agreement_rule(
         components: of `prompted_components`.
         masks_PCHW: bool candidates of each.
         iou_PC: SAM's estimate of their IoU.
+        stability_PC: their stability scores; needed where `min_stability` is above 0.
         settings: thresholds.
         void: label of undecided pixels.
     """
@@ -129,16 +134,19 @@ def agreement_rule(
     means = _class_means(label_map_HW, confidence_HW)
     claimed_HW = torch.full(label_map_HW.shape, void, dtype=torch.uint8)
     contested_HW = torch.zeros(label_map_HW.shape, dtype=torch.bool)
+    score_HW = torch.zeros(label_map_HW.shape)
     num_accepted = num_trusted = 0
     for place in order:
         component = components[place]
         agreement_C = _agreement(component, masks_PCHW[place]).to(iou_PC.device)
         best = int((iou_PC[place] * agreement_C).argmax())
         iou, agreement = float(iou_PC[place, best]), float(agreement_C[best])
+        score = iou * agreement
         accepted = (
-            iou * agreement >= settings.min_score * means[component.label] ** 2
+            score >= settings.min_score * means[component.label] ** 2
             and iou >= settings.min_iou
             and agreement >= settings.min_agreement
+            and (settings.min_stability == 0 or stability_PC[place, best] >= settings.min_stability)
         )
         if accepted:
             shape_HW = masks_PCHW[place, best].cpu()
@@ -146,9 +154,13 @@ def agreement_rule(
         elif _mean_inside(component, confidence_HW) >= settings.trust:
             shape_HW = torch.zeros(label_map_HW.shape, dtype=torch.bool)
             component.paint(shape_HW.numpy(), True)
+            score = 0.0
             num_trusted += 1
         else:
             continue
+        if settings.overlaps == "score":
+            shape_HW = shape_HW & (score >= score_HW)
+            score_HW[shape_HW] = score
         contested_HW |= shape_HW & (claimed_HW != void) & (claimed_HW != component.label)
         claimed_HW[shape_HW] = component.label
     if settings.overlaps == "nobody":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
+from segment_anything.utils.amg import calculate_stability_score
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 from torch.nn import functional as F
@@ -35,6 +36,8 @@ FROM_CONFIG = "config"
 """Sizes read from `config.json` beside the weights."""
 MODELS = (*OFFICIAL, FROM_CONFIG, TINY)
 _EMBED_DIMS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+STABILITY_OFFSET = 1.0
+"""Logits that the cut is moved up and down for a stability score (as the automatic masks do)."""
 MASK_LOGIT = 8.0
 """A rough mask prompts SAM with plus and minus this."""
 PADDING = -1
@@ -75,6 +78,9 @@ class Masks:
     """float32: SAM's own estimate of each mask's IoU."""
     index_PC: torch.Tensor
     """int64: which of the three candidates each mask is."""
+    stability_PC: torch.Tensor | None = None
+    """float32, 0..1: IoU of the masks cut a little above and below SAM's threshold; 0 for a mask
+    without pixels; None: not asked for."""
 
 
 def point_prompts(
@@ -127,6 +133,7 @@ class Refiner(nn.Module):
         prompts: Sequence[Prompts],
         *,
         candidates: Literal["all", "best", "single"] = "all",
+        stability: bool = False,
         prompt_batch: int = 64,
         bf16: bool = False,
     ) -> list[Masks]:
@@ -137,6 +144,7 @@ class Refiner(nn.Module):
             prompts: one `Prompts` per picture; a picture with none is not encoded.
             candidates: all three masks of a prompt; the best by predicted IoU (C = 1; the others
                 are not even resized); or the single one that SAM gives for clear prompts (C = 1).
+            stability: also measure how stable each mask is.
             prompt_batch: prompts per decoder call.
             bf16: run in bfloat16 autocast; mask logits are resized in float32.
         """
@@ -144,9 +152,8 @@ class Refiner(nn.Module):
         context = torch.autocast(self.sam.device.type, torch.bfloat16) if bf16 else nullcontext()
         with context:
             embeddings = self._encode([images[number] for number in asked]) if asked else []
-        found = [
-            self._nothing(image.shape[:2], 3 if candidates == "all" else 1) for image in images
-        ]
+        num_candidates = 3 if candidates == "all" else 1
+        found = [self._nothing(image.shape[:2], num_candidates, stability) for image in images]
         for number, embedding in zip(asked, embeddings, strict=True):
             size = images[number].shape[:2]
             parts = []
@@ -156,7 +163,7 @@ class Refiner(nn.Module):
                         embedding, part, size, multimask=candidates != "single"
                     )
                 best_only = candidates == "best"
-                parts.append(self._finish(logits.float(), iou.float(), size, best_only))
+                parts.append(self._finish(logits.float(), iou.float(), size, best_only, stability))
             found[number] = _joined(parts)
         return found
 
@@ -263,6 +270,7 @@ class Refiner(nn.Module):
         iou_PC: torch.Tensor,
         size: tuple[int, int],
         best_only: bool,
+        stability: bool,
     ) -> Masks:
         index_PC = torch.arange(iou_PC.shape[1], device=iou_PC.device).expand_as(iou_PC)
         if best_only:
@@ -272,15 +280,26 @@ class Refiner(nn.Module):
             logits_PChw = logits_PChw[prompts_P, index_PC[:, 0]][:, None]
         seen = ResizeLongestSide.get_preprocess_shape(*size, self.image_size)
         full = self.sam.postprocess_masks(logits_PChw, input_size=seen, original_size=size)
-        return Masks(masks_PCHW=full > self.sam.mask_threshold, iou_PC=iou_PC, index_PC=index_PC)
+        threshold = self.sam.mask_threshold
+        stability_PC = None
+        if stability:
+            shares_PC = calculate_stability_score(full, threshold, STABILITY_OFFSET)
+            stability_PC = shares_PC.nan_to_num(0.0)
+        return Masks(
+            masks_PCHW=full > threshold,
+            iou_PC=iou_PC,
+            index_PC=index_PC,
+            stability_PC=stability_PC,
+        )
 
-    def _nothing(self, size: tuple[int, int], num_candidates: int) -> Masks:
+    def _nothing(self, size: tuple[int, int], num_candidates: int, stability: bool) -> Masks:
         device = self.sam.device
         empty = torch.zeros((0, num_candidates), device=device)
         return Masks(
             masks_PCHW=torch.zeros((0, num_candidates, *size), dtype=torch.bool, device=device),
             iou_PC=empty,
             index_PC=empty.long(),
+            stability_PC=empty if stability else None,
         )
 
 
@@ -325,10 +344,12 @@ def _split(prompts: Prompts, size: int) -> list[Prompts]:
 
 
 def _joined(parts: Sequence[Masks]) -> Masks:
+    stability = [part.stability_PC for part in parts if part.stability_PC is not None]
     return Masks(
         masks_PCHW=torch.cat([part.masks_PCHW for part in parts]),
         iou_PC=torch.cat([part.iou_PC for part in parts]),
         index_PC=torch.cat([part.index_PC for part in parts]),
+        stability_PC=torch.cat(stability) if stability else None,
     )
 
 

@@ -271,9 +271,12 @@ class RefineConfig(Section):
     store confidences in steps of 1/255: 1 means 0.998 and more, here and below.)"""
     sure: float = Field(1.0, ge=0, le=1)
     """agreement: confidence from which on a pixel that belongs to no shape keeps its label."""
-    overlaps: Literal["front", "nobody"] = "nobody"
+    min_stability: Annotated[float, IN_KEY_IF_SET] = Field(0.0, ge=0, le=1)
+    """agreement: IoU of a mask cut 1 logit above SAM's threshold with the same cut 1 below, under
+    which the mask is not used (0: not looked at)."""
+    overlaps: Literal["front", "score", "nobody"] = "nobody"
     """agreement: whose the pixels are that shapes of several classes claim: the smallest shape's,
-    which stands in front, or nobody's."""
+    which stands in front; that of the highest score (see `min_score`); or nobody's."""
     auto_points: int = Field(32, gt=0)
     """Automatic masks: point prompts along each side."""
     auto_min_iou: float = Field(0.86, ge=0, le=1)

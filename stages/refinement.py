@@ -105,6 +105,7 @@ class Refinement:
             [subject.image for subject in subjects],
             prompts,
             candidates=candidates,
+            stability=self.section.rule == "agreement" and self.section.min_stability > 0,
             prompt_batch=self.section.prompt_batch,
             bf16=self.bf16,
         )
@@ -165,10 +166,12 @@ class Refinement:
             components,
             masks.masks_PCHW,
             masks.iou_PC,
+            stability_PC=masks.stability_PC,
             settings=Agreement(
                 min_score=section.min_score,
                 min_iou=section.min_iou,
                 min_agreement=section.min_agreement,
+                min_stability=section.min_stability,
                 trust=section.trust,
                 sure=section.sure,
                 overlaps=section.overlaps,

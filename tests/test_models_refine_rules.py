@@ -22,7 +22,7 @@ def blocks() -> np.ndarray:
     return labels
 
 
-def ruled(labels, masks, iou, *, confidence=1.0, components=None, **settings_):
+def ruled(labels, masks, iou, *, confidence=1.0, components=None, stability=None, **settings_):
     components = find_components(labels, min_area_px=0) if components is None else components
     confidences = np.full(labels.shape, confidence, np.float32)
     return agreement_rule(
@@ -31,6 +31,7 @@ def ruled(labels, masks, iou, *, confidence=1.0, components=None, **settings_):
         components,
         torch.from_numpy(np.asarray(masks, bool)),
         torch.as_tensor(iou, dtype=torch.float32),
+        stability_PC=None if stability is None else torch.as_tensor(stability),
         settings=Agreement(**settings_),
     )
 
@@ -163,6 +164,52 @@ def test_pixels_that_shapes_of_several_classes_claim_may_be_nobodys():
     assert np.array_equal(ruling.label_HW[labels != 3], labels[labels != 3])
     sure = ruled(labels, masks, np.ones((3, 3)), confidence=0.95, **how)
     assert np.array_equal(sure.label_HW, labels)
+
+
+@pytest.mark.parametrize(("of_pole", "winner"), [(0.95, 3), (0.85, 1)])
+def test_pixels_that_shapes_claim_may_go_to_the_highest_score(of_pole, winner):
+    labels = blocks()
+    components = find_components(labels, min_area_px=0)
+    assert [component.label for component in components] == [1, 2, 3]
+    masks = own_shapes(labels, components)
+    agreement = (labels == 1).sum() / (labels[:, :16] != VOID).sum()
+    masks[0, :, :20, :16] = True  # the wall's mask covers the pole before it
+    iou = np.array([[0.9 / agreement] * 3, [1.0] * 3, [of_pole] * 3])
+    ruling = ruled(labels, masks, iou, confidence=0.1, overlaps="score")
+    assert (ruling.label_HW[labels == 3] == winner).all()
+    assert np.array_equal(ruling.label_HW[labels != 3], labels[labels != 3])
+
+
+def test_the_teachers_own_shapes_yield_to_masks_by_score():
+    labels = blocks()
+    components = find_components(labels, min_area_px=0)
+    masks = own_shapes(labels, components)
+    masks[0, :, :20, :16] = True
+    masks[2] = False  # no mask for the pole, of which the teacher is sure
+    masks[2, :, 0, 0] = True
+    confidence = np.where(labels == 3, 1.0, 0.3)
+    how = {"min_score": 0.9, "trust": 0.9, "confidence": confidence}
+    by_score = ruled(labels, masks, np.ones((3, 3)), overlaps="score", sure=1.1, **how)
+    in_front = ruled(labels, masks, np.ones((3, 3)), overlaps="front", sure=1.1, **how)
+    assert (by_score.num_accepted, by_score.num_trusted) == (2, 1)
+    assert (by_score.label_HW[labels == 3] == 1).all()
+    assert (in_front.label_HW[labels == 3] == 3).all()
+
+
+@pytest.mark.parametrize(("min_stability", "accepted"), [(0.0, 3), (0.8, 2), (0.95, 0)])
+def test_masks_that_shift_with_the_cut_are_not_used(min_stability, accepted):
+    labels = blocks()
+    components = find_components(labels, min_area_px=0)
+    stability = np.array([[0.9] * 3, [0.8] * 3, [0.7] * 3])
+    ruling = ruled(
+        labels,
+        own_shapes(labels, components),
+        np.ones((3, 3)),
+        confidence=0.1,
+        stability=stability,
+        min_stability=min_stability,
+    )
+    assert ruling.num_accepted == accepted
 
 
 def test_classes_of_which_the_teacher_is_seldom_sure_need_less_agreement():

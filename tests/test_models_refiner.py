@@ -73,6 +73,25 @@ def test_masks_equal_those_of_sam_predictor_one_by_one(refiner, with_boxes):
         np.testing.assert_allclose(ours.iou_PC.numpy(), iou, rtol=1e-4, atol=1e-6)
 
 
+def test_stability_is_the_iou_of_masks_cut_above_and_below_the_threshold(refiner):
+    image, own = pictures()[0], prompts_for(SIZES[0], 3)
+    (found,) = refiner.masks([image], [own], stability=True, prompt_batch=2)
+    predictor = SamPredictor(refiner.sam)
+    predictor.set_image(image)
+    for number in range(3):
+        logits = predictor.predict(
+            point_coords=own.points_PN2[number],
+            point_labels=own.labels_PN[number],
+            multimask_output=True,
+            return_logits=True,
+        )[0]
+        wide = (logits > -1).sum((1, 2))
+        expected = (logits > 1).sum((1, 2)) / np.maximum(wide, 1)
+        np.testing.assert_allclose(found.stability_PC[number].numpy(), expected, atol=2e-3)
+    (plain,) = refiner.masks([image], [own])
+    assert plain.stability_PC is None
+
+
 def test_a_rough_mask_prompts_as_sam_predictor_takes_it(refiner):
     image, size = pictures()[1], SIZES[1]
     rough = np.zeros((2, *size), bool)
