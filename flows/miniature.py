@@ -105,10 +105,11 @@ CONTRACTS: tuple[Contract, ...] = (
     ),
     Contract(
         name="pretrain_painter",
-        version=1,
+        version=2,
         verb="stages.pretrain_painter",
         does="Train the miniature's painter on rendered web pictures and sentences about them.",
         sections=("pretrain_painter",),
+        weights=("pretrain_painter.start",),
         numeric=True,
     ),
     Contract(

@@ -118,6 +118,9 @@ class PainterDecoderConfig(PretrainSection):
 class PretrainPainterConfig(PretrainSection):
     """Train the miniature's painter on rendered web pictures and sentences about them."""
 
+    start: str | None = None
+    """Folder of a painter to begin with, whose autoencoder and tokenizer are kept, or
+    builtin:painter; None: from fresh weights."""
     steps: int = Field(4_200, gt=0)
     """Updates of the denoiser and its text tower."""
     lr: float = Field(1.0e-3, gt=0)

@@ -21,6 +21,7 @@ from models.miniature import painter_network as network
 from models.miniature.painter_lessons import Scene
 from models.miniature.painter_network import PatchBasis
 from models.miniature.renderer import render
+from models.painter import load_painter
 from stages.config import StageConfig
 from stages.contracts import Progress, Summary
 from stages.pretrain_config import PainterDecoderConfig, PretrainPainterConfig
@@ -33,6 +34,7 @@ BASIS_PICTURES = 2000
 """Pictures whose patches give the latents' basis."""
 LARGEST_FILE = "6MB"
 """Tensors of one file of weights."""
+ENCODED_AT_ONCE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +71,28 @@ def run(config: StageConfig, *, out: Path, progress: Progress) -> Summary:
         TrainingError: the training diverged.
     """
     section, seed = config.pretrain_painter, config.seed
-    # 1. Pictures, once, and their latents.
+    # 1. Pictures, once.
     gallery = render_gallery(section, out / "state" / "pictures", seed=seed, progress=progress)
-    basis = PatchBasis.of(gallery.images_BHW3[:BASIS_PICTURES])
-    latents_BVCFG = encode_gallery(gallery, basis)
 
     # 2. From latents to pictures.
-    autoencoder, decoder_found = train_autoencoder(
-        gallery, basis, section.decoder, seed=seed, out=out / "state" / "decoder", progress=progress
-    )
+    decoder_found = {"cpu_s": 0.0}
+    if section.start is None:
+        basis = PatchBasis.of(gallery.images_BHW3[:BASIS_PICTURES])
+        autoencoder, decoder_found = train_autoencoder(
+            gallery,
+            basis,
+            section.decoder,
+            seed=seed,
+            out=out / "state" / "decoder",
+            progress=progress,
+        )
+        torch.manual_seed(seed)
+        pupil = new_pupil(gallery, seed=seed)
+    else:
+        autoencoder, pupil = begin_with(section.start)
 
     # 3. From sentences to latents.
-    torch.manual_seed(seed)
-    pupil = new_pupil(gallery, seed=seed)
+    latents_BVCFG = encode_gallery(gallery, autoencoder)
     found = pretrain(
         pupil.both().train(),
         lambda step: _losses(
@@ -156,13 +167,18 @@ def _render_shard(path: Path, seeds: list[int]) -> None:
     temporary.replace(path)
 
 
-def encode_gallery(gallery: Gallery, basis: PatchBasis) -> torch.Tensor:
-    """Latents [B, V, C, F, G] float16 of each picture as it is and mirrored (V = 2)."""
+@torch.inference_mode()
+def encode_gallery(gallery: Gallery, autoencoder: AutoencoderTiny) -> torch.Tensor:
+    """Latents [B, V, C, F, G] float16 of each picture as it is and mirrored (V = 2).
+
+    They are scaled as the pipeline scales them: the denoiser's own.
+    """
     encoded = []
-    for start in range(0, len(gallery.scenes), SHARD_PICTURES):
-        images_BHW3 = gallery.images_BHW3[start : start + SHARD_PICTURES]
-        views = [basis.encode(view) for view in (images_BHW3, images_BHW3[:, :, ::-1])]
-        encoded.append(torch.from_numpy(np.stack(views, axis=1)).half())
+    for start in range(0, len(gallery.scenes), ENCODED_AT_ONCE):
+        images_BHW3 = gallery.images_BHW3[start : start + ENCODED_AT_ONCE]
+        images_B3HW = torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) / 127.5 - 1
+        views = [autoencoder.encode(view).latents for view in (images_B3HW, images_B3HW.flip(-1))]
+        encoded.append((torch.stack(views, dim=1) * autoencoder.config.scaling_factor).half())
     return torch.cat(encoded)
 
 
@@ -222,15 +238,45 @@ def new_pupil(gallery: Gallery, *, seed: int) -> Pupil:
     rng = random.Random(item_seed(seed, "painter sentences"))
     sentences = [lessons.wording(scene, rng) for scene in gallery.scenes[:BASIS_PICTURES]]
     tokenizer = network.train_tokenizer(sentences + lessons.vocabulary())
-    unet = network.build_unet()
+    return _pupil(network.build_unet(), network.build_text_encoder(tokenizer), tokenizer)
+
+
+def _pupil(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> Pupil:
     # Of small attention in bf16 on CPUs, the backward of matrices is 4 times as fast as the fused.
     unet.set_attn_processor(AttnProcessor())
+    text_encoder.set_attn_implementation("eager")
     return Pupil(
         unet=unet,
-        text_encoder=network.build_text_encoder(tokenizer),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         scheduler=network.build_scheduler(),
     )
+
+
+def begin_with(start: str) -> tuple[AutoencoderTiny, Pupil]:
+    """An earlier painter's autoencoder, and its other parts to learn on.
+
+    Raises:
+        FileNotFoundError: there is no painter.
+        ValueError: it is a painter of other parts than ours.
+    """
+    pipeline = load_painter(start).pipeline
+    earlier = getattr(pipeline, "unet", None)
+    unet = network.build_unet()
+    if earlier is None or _shapes(earlier) != _shapes(unet):
+        raise ValueError(
+            f"pretrain_painter.start: {start} is no painter of the miniature's (its denoiser has "
+            "other sizes); name a folder that pretrain_painter left, or builtin:painter."
+        )
+    unet.load_state_dict(earlier.state_dict())
+    pipeline.vae.register_to_config(_name_or_path="")  # what is saved shall name no folder
+    return pipeline.vae.eval(), _pupil(unet, pipeline.text_encoder, pipeline.tokenizer)
+
+
+def _shapes(part: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in part.state_dict().items()}
 
 
 def sentences_of_step(

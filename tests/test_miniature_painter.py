@@ -17,7 +17,7 @@ from models.miniature import painter_network as network
 from models.miniature.painter_lessons import Scene
 from models.miniature.painter_network import PatchBasis
 from models.miniature.renderer import render
-from models.painter import load_painter
+from models.painter import load_painter, save_random_painter
 from stages import measure_painter, pretrain_painter
 from stages.config import StageConfig
 from stages.labels import load_labelspace
@@ -200,6 +200,25 @@ def test_large_weights_come_in_several_files_that_load_as_one(trained):
     assert sum(len(shard) for shard in shards) == len(loaded)
     for name, tensor in (pair for shard in shards for pair in shard.items()):
         assert torch.equal(loaded[name].half(), tensor), name
+
+
+def test_training_begins_with_an_earlier_painter_and_names_no_folder_of_it(trained, tmp_path):
+    folder, _ = trained
+    config = painter_config(start=str(folder), steps=1, lr=1e-12)
+    pretrain_painter.run(config, out=tmp_path, progress=Told())
+    before, after = load_painter(str(folder)).pipeline, load_painter(str(tmp_path)).pipeline
+    for name in ("vae", "unet", "text_encoder"):
+        earlier = getattr(before, name).state_dict()
+        for key, value in getattr(after, name).state_dict().items():
+            torch.testing.assert_close(value, earlier[key], atol=1e-3, rtol=1e-3, msg=key)
+    for path in tmp_path.rglob("*.json"):
+        assert str(folder) not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_painter_to_begin_with_that_is_none_is_told(tmp_path):
+    save_random_painter(tmp_path, seed=0)
+    with pytest.raises(ValueError, match=r"pretrain_painter.start.*no painter of the miniature"):
+        pretrain_painter.begin_with(str(tmp_path))
 
 
 def test_an_untrained_painter_fails_its_exam(trained, tmp_path):
