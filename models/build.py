@@ -85,6 +85,7 @@ LORA_TARGETS = {
     "ConvNextEncoder": ("fc1", "fc2"),
     "MitEncoder": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
     "ClipResNetEncoder": ("conv1", "conv2", "conv3"),
+    "ResNetEncoder": ("conv1", "conv2", "conv3"),
 }
 """Layers inside the blocks that LoRA updates by default: of attention and feed-forward; residual
 networks have neither, so their convolutions."""
@@ -94,14 +95,7 @@ def inject_lora(encoder: Encoder, tuning: TuningConfig) -> None:
     """Put peft's low-rank updates beside layers of the blocks; only they are trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    kind = type(encoder).__name__
-    targets = tuning.lora_targets or LORA_TARGETS.get(kind)
-    if targets is None:
-        raise ValueError(
-            f"tuning.kind=lora: which layers of {kind} is not known here: name them in "
-            f"tuning.lora_targets; known for {', '.join(LORA_TARGETS)}"
-        )
-    names = "|".join(targets)
+    names = "|".join(tuning.lora_targets or LORA_TARGETS[type(encoder).__name__])
     config = LoraConfig(
         r=tuning.lora_rank,
         lora_alpha=tuning.lora_alpha,

@@ -173,6 +173,30 @@ def stuff_labels(
     return paint_masks(masks_MHW, greatest, size=label_map_HW.shape)
 
 
+def stuff_things_rule(
+    label_map_HW: np.ndarray,
+    masks_MHW: np.ndarray,
+    thing_labels: Sequence[int],
+    things_PHW: np.ndarray,
+    *,
+    stuff: frozenset[int],
+) -> np.ndarray:
+    """SeCo, whole: what SAM found for things stands over the stuff; 255 where there is neither.
+
+    Args:
+        label_map_HW: uint8 train ids.
+        masks_MHW: automatic masks, from the largest to the smallest.
+        thing_labels: of the prompts (`ThingPrompts.labels`).
+        things_PHW: bool, SAM's mask for each of them.
+        stuff: ids of the stuff classes (`RuleClasses.stuff`).
+    """
+    stuff_HW = stuff_labels(label_map_HW, masks_MHW, stuff=stuff)
+    painted_HW = paint_masks(
+        things_PHW, lambda number, _: thing_labels[number], size=label_map_HW.shape
+    )
+    return np.where(painted_HW == VOID, stuff_HW, painted_HW)
+
+
 def thing_prompts(
     label_map_HW: np.ndarray,
     *,

@@ -18,8 +18,7 @@ from models.masks import (
 from models.published_rules import (
     guided_rule,
     majority_rule,
-    paint_masks,
-    stuff_labels,
+    stuff_things_rule,
     thing_prompts,
 )
 from models.refine_rules import Agreement, agreement_rule, prompted_components
@@ -226,14 +225,16 @@ class Refinement:
         outcomes = []
         for subject, own, masks in zip(subjects, asked, found, strict=True):
             automatic_MHW = self._everything(subject)
-            after_HW = stuff_labels(subject.label_HW, automatic_MHW, stuff=self.classes.stuff)
-            things_PHW = masks.masks_PCHW[:, 0].cpu().numpy()
-            painted_HW = paint_masks(
-                things_PHW, lambda number, _, own=own: own.labels[number], size=after_HW.shape
+            after_HW = stuff_things_rule(
+                subject.label_HW,
+                automatic_MHW,
+                own.labels,
+                masks.masks_PCHW[:, 0].cpu().numpy(),
+                stuff=self.classes.stuff,
             )
             outcomes.append(
                 Outcome(
-                    label_HW=np.where(painted_HW == IGNORE, after_HW, painted_HW),
+                    label_HW=after_HW,
                     prompted=own.labels,
                     iou=masks.iou_PC[:, 0].tolist(),
                     counts={"automatic": len(automatic_MHW)},

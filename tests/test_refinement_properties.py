@@ -11,9 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from models.masks import find_components, refined_label_map
-from models.published_rules import guided_rule, majority_rule, stuff_labels
+from models.published_rules import (
+    guided_rule,
+    majority_rule,
+    stuff_labels,
+    stuff_things_rule,
+    thing_prompts,
+)
 from models.refine_rules import Agreement, agreement_rule
 from models.rule_classes import RuleClasses
 from stages.labels import load_labelspace
@@ -55,8 +62,21 @@ def stuff(labels, _confidence, masks):
     return stuff_labels(labels, from_large_to_small(masks), stuff=frozenset(EVERYTHING))
 
 
+def stuff_things(labels, _confidence, masks):
+    """SeCo's rule whole: asked about a thing, SAM answers with all masks that touch it."""
+    asked = thing_prompts(labels, things=CLASSES.things)
+    things = np.zeros((len(asked.labels), *labels.shape), bool)
+    firsts = asked.points_P22[:, 0].astype(int)
+    for answer, label, (x, y) in zip(things, asked.labels, firsts, strict=True):
+        parts, _ = ndimage.label(labels == label, np.ones((3, 3)))
+        touching = masks[:, parts == parts[y, x]].any(1)
+        answer |= masks[touching].any(0)
+    automatic = from_large_to_small(masks)
+    return stuff_things_rule(labels, automatic, asked.labels, things, stuff=CLASSES.stuff)
+
+
 RULES: dict[str, Rule] = {
-    rule.__name__: rule for rule in (released, agreement, majority, guided, stuff)
+    rule.__name__: rule for rule in (released, agreement, majority, guided, stuff, stuff_things)
 }
 rules = pytest.mark.parametrize("name", RULES)
 
