@@ -48,6 +48,12 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
         "--flip", action="store_true", default=None, help="average with the mirrored picture"
     )
     parser.add_argument(
+        "--scales",
+        type=_scales,
+        metavar="S,S,...",
+        help="average over scales of the network's input, for example 0.75,1,1.25",
+    )
+    parser.add_argument(
         "--overlay", action=argparse.BooleanOptionalAction, help="colours over the picture"
     )
     parser.add_argument(
@@ -61,6 +67,13 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, metavar="N", help="pictures in one pass (default 4)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default fp32")
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no scales; write 0.75,1,1.25") from None
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

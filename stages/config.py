@@ -15,7 +15,7 @@ from stages.data_config import DataConfig, PrepareConfig, WorldConfig
 from stages.judging_config import EvaluateConfig, ValidationConfig
 from stages.protocols import PROTOCOLS
 from stages.run_config import RoundsConfig, RunConfig
-from stages.section import IN_KEY_IF_SET, NOT_IN_KEY, Section, refuse_gaps
+from stages.section import IN_KEY_IF_SET, NOT_IN_KEY, Scales, Section, refuse_gaps
 from stages.training_config import (
     AugmentConfig,
     EmaConfig,
@@ -161,7 +161,7 @@ class PseudoLabelConfig(Section):
     """Pixels whose classes' shares have a larger entropy (0: sure, 1: all alike) get no label."""
     flip: bool = False
     """Average with the mirrored picture."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: Scales = (1.0,)
     """Scales of the picture to average over."""
     mode: Literal["whole", "slide"] = "whole"
     """Whole pictures, or sliding windows."""
@@ -169,13 +169,6 @@ class PseudoLabelConfig(Section):
     """Side of the sliding window in pixels of the scaled picture."""
     stride: int = Field(341, gt=0)
     """Stride of the sliding window in pixels."""
-
-    @field_validator("scales")
-    @classmethod
-    def _real_scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
-        if not scales or min(scales) <= 0:
-            raise ValueError(f"{list(scales)} must hold at least one scale, all of them above 0")
-        return scales
 
     @model_validator(mode="after")
     def _covering(self) -> Self:

@@ -244,6 +244,10 @@ def _protocol(
         protocol["layouts"] = say_layouts(plain["layouts"])
     if section.mode == "slide":
         protocol |= {"window": section.window, "stride": section.stride}
+    if section.flip:
+        protocol["flip"] = True
+    if section.scales != (1.0,):
+        protocol["scales"] = plain["scales"]
     return protocol
 
 

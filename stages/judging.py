@@ -126,17 +126,30 @@ def predict_labels(
     if size[0] * size[1] > LARGE_PX:
         parts = [_in_bands(segmenter, one, size, config, device) for one in images_B3HW.split(1)]
         return torch.cat(parts)
-    scores_BKHW = predict(
+    scores_BKHW = _scores(segmenter, images_B3HW, size, config, device)
+    return scores_BKHW.argmax(1).to(torch.uint8)
+
+
+def _scores(
+    segmenter: Segmenter,
+    images_B3HW: torch.Tensor,
+    size: Size,
+    config: ProtocolConfig,
+    device: Device,
+) -> torch.Tensor:
+    """Scores [B, K, *size] as the protocol asks for them."""
+    return predict(
         segmenter,
         images_B3HW,
         size=size,
         mode=config.mode,
         window=(config.window, config.window),
         stride=(config.stride, config.stride),
+        flip=config.flip,
+        scales=config.scales,
         bf16=device.dtype == torch.bfloat16,
         batch=config.batch_size,
     )
-    return scores_BKHW.argmax(1).to(torch.uint8)
 
 
 @torch.inference_mode()
@@ -147,25 +160,29 @@ def _in_bands(
     config: ProtocolConfig,
     device: Device,
 ) -> torch.Tensor:
-    """Train ids (uint8 [1, *size]) of a picture whose scores would not fit into memory."""
+    """Train ids (uint8 [1, *size]) of a picture whose scores would not fit into memory.
+
+    What is averaged over scales is averaged at the network's size, which is resized then.
+    """
     network: Size = tuple(image_13HW.shape[-2:])
-    window, stride = (config.window, config.window), (config.stride, config.stride)
-    bf16 = device.dtype == torch.bfloat16
     if network[0] * network[1] <= LARGE_PX:
-        scores_1Khw = predict(
-            segmenter,
+        scores_1Khw = _scores(segmenter, image_13HW, network, config, device)
+        bands = resize_in_bands(scores_1Khw, size, rows=max(1, LARGE_PX // size[1]))
+    elif config.mode == "slide" and network == size and config.scales != (1.0,):
+        raise ValueError(
+            f"a picture of {network[0]}x{network[1]} (height x width) goes through the network in "
+            f"windows, band by band, which evaluate.scales={list(config.scales)} cannot: set "
+            "evaluate.scales=[1], or evaluate.short_side=1024."
+        )
+    elif config.mode == "slide" and network == size:
+        bands = slide_in_bands(
+            scores_by(segmenter, bf16=device.dtype == torch.bfloat16),
             image_13HW,
-            mode=config.mode,
-            window=window,
-            stride=stride,
-            bf16=bf16,
+            window=(config.window, config.window),
+            stride=(config.stride, config.stride),
+            flip=config.flip,
             batch=config.batch_size,
         )
-        bands = resize_in_bands(scores_1Khw, size, rows=max(1, LARGE_PX // size[1]))
-    elif config.mode == "slide" and network == size:
-        scores_of = scores_by(segmenter, bf16=bf16)
-        options = {"window": window, "stride": stride, "batch": config.batch_size}
-        bands = slide_in_bands(scores_of, image_13HW, **options)
     else:
         raise ValueError(
             f"a picture of {network[0]}x{network[1]} (height x width) does not go through the "

@@ -1,12 +1,12 @@
 """Settings of how a model is judged, while it trains and at the end. No torch."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.data_config import LayoutName
 from stages.protocols import PROTOCOLS
-from stages.section import Section, refuse_gaps
+from stages.section import IN_KEY_IF_SET, Scales, Section, refuse_gaps
 
 
 class ProtocolConfig(Section):
@@ -19,9 +19,13 @@ class ProtocolConfig(Section):
     mode: Literal["whole", "slide"] = "whole"
     """Whole pictures, or sliding windows."""
     window: int = Field(512, gt=0)
-    """Side of the sliding window in pixels."""
+    """Side of the sliding window in pixels of the scaled picture."""
     stride: int = Field(341, gt=0)
     """Stride of the sliding window in pixels."""
+    flip: Annotated[bool, IN_KEY_IF_SET] = False
+    """Average with the mirrored picture."""
+    scales: Annotated[Scales, IN_KEY_IF_SET] = (1.0,)
+    """Scales of the network's input to average over."""
     absent: Literal["mmseg", "detectron2", "cityscapes"] = "cityscapes"
     """What a class absent from the truth counts (see `models/evaluators`)."""
     batch_size: int = Field(4, gt=0)

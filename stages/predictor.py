@@ -163,6 +163,7 @@ class Predictor:
             size=size,
             mode="slide" if large or self.config.mode == "slide" else "whole",
             flip=self.config.flip,
+            scales=self.config.scales,
             **self._windows(),
             bf16=self._bf16,
         )
@@ -180,6 +181,12 @@ class Predictor:
 
     def _bands(self, image_13HW: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:
         own_size = tuple(image_13HW.shape[-2:])
+        if own_size == size and self.config.scales != (1.0,):
+            raise ValueError(
+                f"a picture of {size[1]}x{size[0]} pixels is predicted in windows, band by band, "
+                f"which scales {list(self.config.scales)} cannot: leave --scales out, or shrink it "
+                "(--short-side 1024)."
+            )
         if own_size == size:
             yield from slide_in_bands(
                 scores_by(self.segmenter, bf16=self._bf16),

@@ -37,7 +37,14 @@ class Protocol:
     """Layout -> raw-id map of targets in it."""
 
 
-_MMSEG = {"label_resolution": "native", "mode": "slide", "absent": "mmseg", "resize": "plain"}
+_ONE_LOOK = {"flip": False, "scales": [1.0]}
+_MMSEG = {
+    **_ONE_LOOK,
+    "label_resolution": "native",
+    "mode": "slide",
+    "absent": "mmseg",
+    "resize": "plain",
+}
 _WIDE = {"short_side": 512, "long_side": 1024}
 _OWN_SIZE = {"short_side": None, "long_side": None}
 
@@ -45,6 +52,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "clouds_released": Protocol(
         about="CLOUDS' released code: picture and label at short side 1024, whole pictures.",
         settings={
+            **_ONE_LOOK,
             "short_side": 1024,
             "long_side": None,
             "layouts": {},
@@ -100,6 +108,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "native": Protocol(
         about="Whole pictures at their own size, absent classes as cityscapesScripts counts them.",
         settings={
+            **_ONE_LOOK,
             **_OWN_SIZE,
             "layouts": {},
             "resize": "antialias",
@@ -120,19 +129,17 @@ def protocol_name(
 ) -> str:
     """A protocol's name with all that was set otherwise: "rein, changed: stride 256".
 
+    Where no protocol was asked for, with what makes of one look several: "own settings, flip on".
+
     Args:
         protocol: a name of `PROTOCOLS`; None: no protocol was asked for.
         settings: plain values of section `evaluate`.
         maps: layout and label map of every target.
     """
     if protocol is None:
-        return OWN
+        return ", ".join([OWN, *_changes(settings, _ONE_LOOK)])
     fixed = PROTOCOLS[protocol]
-    changed = [
-        f"{name} {_say(settings[name])}"
-        for name, value in sorted(fixed.settings.items())
-        if _plain(settings[name]) != _plain(value)
-    ]
+    changed = _changes(settings, fixed.settings)
     changed += sorted(
         {
             f"{layout} by map {label_map}"
@@ -141,6 +148,14 @@ def protocol_name(
         }
     )
     return f"{protocol}, changed: {', '.join(changed)}" if changed else protocol
+
+
+def _changes(settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {_say(settings[name])}"
+        for name, value in sorted(fixed.items())
+        if _plain(settings[name]) != _plain(value)
+    ]
 
 
 def say_layouts(layouts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -160,6 +175,10 @@ def _say_size(size: Mapping[str, Any]) -> str:
 def _say(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"({say_layouts(value)})" if value else "(none)"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " and ".join(f"{entry:g}" for entry in value)
     return "none" if value is None else str(value)
 
 

@@ -4,7 +4,9 @@ A field whose annotation carries `NOT_IN_KEY` cannot change a stage's result and
 key; one that carries `IN_KEY_IF_SET` counts there only where it is not at its default.
 """
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class NotInKey:
@@ -35,6 +37,16 @@ def refuse_gaps(*, window: int, stride: int) -> None:
             f"stride {stride} is larger than window {window}: windows would leave gaps. Choose a "
             "smaller stride."
         )
+
+
+def _real_scales(scales: tuple[float, ...]) -> tuple[float, ...]:
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"{list(scales)} must hold at least one scale, all of them above 0")
+    return scales
+
+
+Scales = Annotated[tuple[float, ...], AfterValidator(_real_scales)]
+"""Scales of a picture, 1 its own size, to average scores over."""
 
 
 class Section(BaseModel):

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.section import NOT_IN_KEY, NotInKey, Section, refuse_gaps
+from stages.section import (
+    IN_KEY_IF_SET,
+    NOT_IN_KEY,
+    InKeyIfSet,
+    NotInKey,
+    Scales,
+    Section,
+    refuse_gaps,
+)
 
 
 class PredictConfig(Section):
@@ -23,6 +31,8 @@ class PredictConfig(Section):
     """Step between windows in pixels."""
     flip: bool = False
     """Average with the mirrored picture."""
+    scales: Annotated[Scales, IN_KEY_IF_SET] = (1.0,)
+    """Scales of the network's input to average over."""
     short_side: int | None = Field(None, gt=0)
     """Resize pictures so that their short side has this many pixels for the network; labels keep
     the picture's size. None: as they are."""
@@ -51,12 +61,14 @@ class PredictConfig(Section):
 
     def deciding(self) -> dict[str, Any]:
         """The settings that can change a result."""
-        fields = type(self).model_fields
-        return {
-            name: value
-            for name, value in self.model_dump(mode="json").items()
-            if not any(isinstance(mark, NotInKey) for mark in fields[name].metadata)
+        left_out = {
+            name
+            for name, field in type(self).model_fields.items()
+            for mark in field.metadata
+            if isinstance(mark, NotInKey)
+            or (isinstance(mark, InKeyIfSet) and getattr(self, name) == field.default)
         }
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 class ExportConfig(Section):

@@ -389,6 +389,36 @@ def test_a_setting_that_came_later_counts_only_where_it_is_set(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("recipe", "stage", "place"),
+    [
+        ("miniature", "evaluate@0", "evaluate"),
+        ("miniature", "train_source", "train_source.validation"),
+        ("miniature", "self_train@1#refined", "self_train.validation"),
+        ("rein_dinov2_l_gta5", "evaluate@0", "evaluate"),
+    ],
+)
+def test_one_look_at_a_picture_is_no_part_of_a_key(tmp_path, recipe, stage, place):
+    """So that what was judged and trained before there were flips and scales is found again."""
+    sets = ["data.validation=[{name: v, layout: cityscapes, root: v}]", f"{place}.batch_size=3"]
+
+    def key_of(*settings):
+        instance = build(load_recipe(recipe, [*sets, *settings]))[stage]
+        return ingredients(instance, {}, Store(tmp_path))
+
+    plain = key_of()
+    section = plain["config"]
+    for part in place.split("."):
+        section = section[part]
+    assert section["batch_size"] == 3
+    assert not section.keys() & {"flip", "scales"}
+    assert key_of(f"{place}.flip=false", f"{place}.scales=[1]") == plain
+    assert list(differences(plain, key_of(f"{place}.flip=true", f"{place}.scales=[0.5,1]"))) == [
+        f"{place}.flip: (absent) -> True",
+        f"{place}.scales: (absent) -> [0.5, 1.0]",
+    ]
+
+
+@pytest.mark.parametrize(
     ("section", "settings"),
     [
         ("pseudo_label", ["mode=slide"]),
@@ -405,6 +435,14 @@ def test_sliding_windows_with_gaps_between_them_are_refused(section, settings):
         load_recipe("tiny", [sets, *settings])
     load_recipe("tiny", [sets, *settings, f"{place}.stride=200"])
     load_recipe("tiny", [sets, *settings, f"{place}.mode=whole"])
+
+
+@pytest.mark.parametrize("place", ["pseudo_label", "evaluate", "train_source.validation"])
+@pytest.mark.parametrize("scales", ["[]", "[1,0]"])
+def test_scales_are_at_least_one_and_above_0(place, scales):
+    sets = "data.validation=[{name: v, layout: cityscapes, root: v}]"
+    with pytest.raises(ConfigError, match=rf"{place}\.scales.*at least one scale, all .*above 0"):
+        load_recipe("tiny", [sets, f"{place}.scales={scales}"])
 
 
 def test_a_server_without_the_name_of_its_model_is_refused():

@@ -261,6 +261,7 @@ def test_a_video_without_frames_is_refused_by_name(model, tmp_path, capsys):
         (["."], "nothing to predict"),
         ([".", "--stride", "600"], "leave gaps"),
         ([".", "--batch", "0"], "--batch"),
+        ([".", "--scales", "1,0"], "--scales [1.0, 0.0] must hold at least one scale"),
         ([".", "--weights", "ema"], "ema.safetensors"),
         ([".", "--labels", "cityscapes19"], "tells apart"),
         ([".", "--ids", "cityscapes"], "no label map 'cityscapes'; known: train, palette"),
@@ -324,6 +325,26 @@ def test_a_picture_too_large_for_its_scores_is_predicted_in_bands(model):
         right = load(model, config=PredictConfig(whole_px=4000, **shrunk)).predict(image)
         assert left.labels.shape == image.shape[:2]
         assert (left.labels == right.labels).mean() > 0.999
+
+
+def test_scales_are_averaged_and_refused_where_they_cannot_be(model, tmp_path, capsys):
+    path = pictures(tmp_path / "in", 1) / "0.png"
+    words = (path, "--model", model, "--out", tmp_path / "out", "--scales", "0.5,1,1.75")
+    assert command(*words) == 0
+    image = torch.from_numpy(read_image(path)).permute(2, 0, 1)[None]
+    scores = predict(load_segmenter(model), image, scales=(0.5, 1, 1.75))
+    labels = label(tmp_path / "out" / "labels" / "0.png")
+    assert np.array_equal(labels, scores.argmax(1)[0].numpy())
+    assert not np.array_equal(labels, plain_labels(model, path))
+    shown = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
+    assert shown["scales"] == [0.5, 1, 1.75]
+    assert "scales" not in PredictConfig().deciding(), "predictions made before are found again"
+    banded = load(model, config=PredictConfig(whole_px=900, scales=(0.5,), device="cpu"))
+    with pytest.raises(ValueError, match="leave --scales out, or shrink it"):
+        banded.predict(path)
+    with pytest.raises(SystemExit):
+        command(*words[:-1], "half")
+    assert "'half' are no scales; write 0.75,1,1.25" in capsys.readouterr().err
 
 
 def test_a_batch_that_exceeds_the_memory_is_split(model, monkeypatch):

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from flows.recipes import ConfigError, load_recipe, recipe_files, resolve
+from models.checkpoints import load_segmenter
+from models.inference import predict
 from stages import judging, prepare
 from stages.config import Recipe
 from stages.judging import Sizes, read_item, resize_image
@@ -60,7 +62,7 @@ def named(config: EvaluateConfig, *maps) -> str:
 def test_every_protocol_fixes_every_setting_that_moves_a_number():
     for name, protocol in PROTOCOLS.items():
         fixed = {"short_side", "long_side", "layouts", "resize", "label_resolution"}
-        fixed |= {"mode", "absent", "classes"}
+        fixed |= {"mode", "absent", "classes", "flip", "scales"}
         if protocol.settings["mode"] == "slide":
             fixed |= {"window", "stride"}
         assert set(protocol.settings) == fixed, name
@@ -96,6 +98,10 @@ def test_what_is_set_otherwise_shows_in_the_name():
     by_h = named(EvaluateConfig(protocol="rein"), ("mapillary", "mapillary_h"), ("gta5", "gta5"))
     assert by_h == "rein, changed: mapillary by map mapillary_h"
     assert named(EvaluateConfig(short_side=512)) == "own settings"
+    looks = {"flip": True, "scales": (0.5, 1)}
+    assert named(EvaluateConfig(**looks)) == "own settings, flip on, scales 0.5 and 1"
+    again = named(EvaluateConfig(protocol="rein", **looks))
+    assert again == "rein, changed: flip on, scales 0.5 and 1"
 
 
 def test_a_protocol_survives_writing_and_reading():
@@ -337,17 +343,59 @@ def test_targets_with_other_classes_are_refused_by_value(tmp_path):
         prepare.run(stage_config(recipe, "prepare"), out=tmp_path / "out", progress=Told())
 
 
-@pytest.mark.parametrize("section", [{"short_side": 16}, {"mode": "slide", "window": 16}])
-def test_large_pictures_are_judged_in_bands_with_the_same_labels(
-    inputs, tmp_path, monkeypatch, section
+@pytest.mark.parametrize(
+    "section",
+    [{"flip": True}, {"scales": (0.75, 1.5)}, {"flip": True, "scales": (2.0,), "short_side": 24}],
+)
+def test_mirrored_and_scaled_pictures_are_judged_as_predict_averages_them(
+    inputs, tmp_path, section
 ):
-    section |= {"stride": 12, "batch_size": 2}
+    _, plain = evaluated(inputs, tmp_path / "plain", batch_size=1)
+    summary, results = evaluated(inputs, tmp_path / "out", batch_size=1, **section)
+    config = EvaluateConfig(**section)
+    segmenter = load_segmenter(inputs / "model")
+    by_hand = {"flip": config.flip, "scales": config.scales}
+    expected = np.zeros((len(NAMES), len(NAMES)), int)
+    for sample in load_index(inputs / "prepared" / "targets"):
+        if sample.dataset == "city":
+            item = read_item(sample, config, Sizes(config.short_side))
+            image = torch.from_numpy(item.image_HW3).permute(2, 0, 1)[None]
+            found = predict(segmenter, image, size=item.size, **by_hand).argmax(1)[0].numpy()
+            known = item.label_HW != 255
+            np.add.at(expected, (item.label_HW[known], found[known]), 1)
+    confusion, before = (np.array(r["sets"]["city"]["confusion"]) for r in (results, plain))
+    assert (confusion == expected).all()
+    assert (confusion != before).any()
+    protocol = results["protocol"]
+    assert protocol.get("flip", False) == config.flip
+    assert protocol.get("scales", [1.0]) == list(config.scales)
+    assert not plain["protocol"].keys() & {"flip", "scales"}
+    assert summary.text.startswith(f"mIoU by {named(config)}: acdc ")
+
+
+@pytest.mark.parametrize(
+    ("section", "share"),
+    [
+        ({"short_side": 16}, 0.002),
+        ({"mode": "slide", "window": 16}, 0.002),
+        ({"mode": "slide", "window": 16, "flip": True}, 0.002),
+        # averaged at the network's size first, then resized: not the last pixel of every edge
+        ({"short_side": 16, "flip": True, "scales": (0.5, 1.5)}, 0.03),
+    ],
+)
+def test_large_pictures_are_judged_in_bands_with_the_same_labels(
+    inputs, tmp_path, monkeypatch, section, share
+):
+    section = section | {"stride": 12, "batch_size": 2}
     _, at_once = evaluated(inputs, tmp_path / "once", **section)
     monkeypatch.setattr(judging, "LARGE_PX", 600)
     _, in_bands = evaluated(inputs, tmp_path / "bands", **section)
     for name, entry in at_once["sets"].items():
         first, second = (np.array(r["sets"][name]["confusion"]) for r in (at_once, in_bands))
         assert first.sum() == second.sum()
-        assert np.abs(first - second).sum() <= 0.002 * first.sum(), entry["layout"]
+        assert np.abs(first - second).sum() <= share * first.sum(), entry["layout"]
     with pytest.raises(ValueError, match=r"picture of 20x32 .*evaluate\.short_side=1024"):
         evaluated(inputs, tmp_path / "whole")
+    scaled = {"mode": "slide", "window": 16, "stride": 12, "scales": (0.5, 1.5)}
+    with pytest.raises(ValueError, match=r"20x32 .*evaluate\.scales=\[0\.5, 1\.5\] cannot: set"):
+        evaluated(inputs, tmp_path / "scaled", **scaled)

@@ -220,6 +220,29 @@ def test_flipping_averages_with_the_mirrored_picture(tmp_path, pictures, teacher
     assert np.abs(confidence - unflipped).max() > 0.51
 
 
+@pytest.mark.parametrize(
+    ("section", "by_hand"),
+    [
+        ({"scales": (0.5, 1.5)}, {"scales": (0.5, 1.5)}),
+        (
+            {"mode": "slide", "window": 48, "stride": 32},
+            {"mode": "slide", "window": (48, 48), "stride": (32, 32)},
+        ),
+    ],
+)
+def test_scales_and_windows_are_those_of_predict(tmp_path, pictures, teacher, section, by_hand):
+    rows, _, _ = labelled(tmp_path / "out", pictures, teacher, batch_size=1, **section)
+    segmenter = load_segmenter(teacher, which="ema")
+    source = next(read_index(pictures))
+    image = torch.from_numpy(read_image(source["folder"] / source["file"]).copy())
+    image = image.permute(2, 0, 1)[None]
+    found, plain = predict(segmenter, image, **by_hand), predict(segmenter, image)
+    _, confidence = maps_of(rows[0])
+    share, at_once = (255 * (s.amax(1) / s.sum(1))[0].numpy() for s in (found, plain))
+    assert np.abs(confidence - share).max() <= 0.51
+    assert np.abs(confidence - at_once).max() > 0.51
+
+
 def test_pictures_of_several_sizes_are_labelled_at_their_own(tmp_path, teacher):
     pictures = write_pictures(tmp_path / "pictures", num_pictures=4)
     shard = pictures / "shard-00000"
