@@ -3,28 +3,20 @@
 clouds check --recipe NAME
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flows.beside import threads_each
+from flows.check_models import Finding, look_at_models, missing_checker
 from flows.engine import Engine
 from flows.pipeline import Instance
 from flows.recipes import ConfigError, nearest
-from flows.steps import Listener
+from flows.steps import Listener, Step
 from flows.store import Store
-from models.config import (
-    MINIATURE_DIR,
-    NAME_FIELDS,
-    meant_as_path,
-    name_path,
-    names_safety_checker,
-    weights_path,
-)
+from models.config import name_path
 from stages import fitness
 from stages.contracts import labelspace_file
 from stages.labels import load_labelspace
@@ -32,27 +24,22 @@ from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs, strays_told
 
 MIN_FREE_BYTES = 200 * 2**20
 _NUM_LABELS = 4
-_NOT_WEIGHTS = {"bank", "random"}
-_HUB_FIELDS = {"write_prompts.model", "synthesize.model"}
-"""Fields whose values are hub ids where they are no folders, with or without an owner."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing looked at."""
-
-    what: str
-    state: Literal["ok", "warning", "error"]
-    text: str
-
-
-def preflight(pending: Sequence[Instance], *, store: Store, listener: Listener) -> None:
+def preflight(steps: Sequence[Step], *, store: Store, listener: Listener) -> None:
     """Stop before any work if something is missing.
+
+    Args:
+        steps: those of the plan that are not skipped.
+        store: where their artifacts will lie.
+        listener: told the warnings.
 
     Raises:
         ConfigError: names everything that is missing, and the way out.
     """
-    findings = list(look(pending, store=store))
+    pending = [step.instance for step in steps]
+    unsure = frozenset(step.instance.name for step in steps if step.action == "may run")
+    findings = list(look(pending, store=store, unsure=unsure))
     for finding in findings:
         if finding.state == "warning":
             listener.say(f"warning: {finding.what}: {finding.text}")
@@ -61,8 +48,16 @@ def preflight(pending: Sequence[Instance], *, store: Store, listener: Listener) 
         raise ConfigError("this run cannot start:\n  " + "\n  ".join(wrong))
 
 
-def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
-    """Look at what the pending instances need (no torch, no file contents)."""
+def look(
+    pending: Sequence[Instance], *, store: Store, unsure: frozenset[str] = frozenset()
+) -> Iterator[Finding]:
+    """Look at what the pending instances need (no torch, no file contents).
+
+    Args:
+        pending: the instances.
+        store: where their artifacts will lie.
+        unsure: names of those that may turn out to be done already.
+    """
     stages = {instance.stage for instance in pending}
     recipes = {instance.stage: instance.recipe for instance in pending}
     if "prepare" in stages:
@@ -72,21 +67,17 @@ def look(pending: Sequence[Instance], *, store: Store) -> Iterator[Finding]:
         yield Finding(what="data.sources", state="error", text=text)
     if "synthesize" in stages:
         yield from _unused_pictures(recipes["synthesize"])
-        yield from _missing_checker(recipes["synthesize"].synthesize)
+        yield from missing_checker(recipes["synthesize"].synthesize)
     if "select" in stages:
         yield from _unread_thresholds(recipes["select"].select)
+    if "write_prompts" in stages:
+        yield from _vain_aim(recipes["write_prompts"])
     for instance in pending:
         if "pseudo_label" in instance.contract.sections_of(instance.recipe):
             yield from _unknown_classes(instance)
     yield from _missing_averages(pending)
-    seen = set()
-    for instance in pending:
-        for field in instance.contract.weights_of(instance.recipe):
-            found = _weights(instance, field)
-            if found is not None and found.what not in seen:
-                seen.add(found.what)
-                yield found
-    yield from dict.fromkeys(found for instance in pending for found in _unfit(instance))
+    yield from dict.fromkeys(found for one in pending for found in _idle_selection(one))
+    yield from look_at_models(pending, unsure=unsure)
     yield _disk(store)
 
 
@@ -133,41 +124,6 @@ def _unknown_classes(instance: Instance) -> Iterator[Finding]:
         yield Finding(what=what, state="error", text=text)
 
 
-def _missing_checker(section: Any) -> Iterator[Finding]:
-    """A safety checker is asked for, and the model, as far as it is here, has none."""
-    if not section.safety_checker:
-        return
-    index = _model_index(section.model, section.revision)
-    if index is not None and not names_safety_checker(index):
-        text = (
-            f"it is on, but {section.model!r} has none (its model_index.json names no "
-            "safety_checker): set it to false, or choose a model that has one"
-        )
-        yield Finding(what="synthesize.safety_checker", state="error", text=text)
-
-
-def _model_index(model: str, revision: str | None) -> dict[str, Any] | None:
-    """What a pipeline is made of: of a folder or of a model in the local hub cache, else None."""
-    if model == "random":
-        return {}
-    folder = weights_path(model)
-    if folder is not None:
-        path = folder / "model_index.json"
-    else:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            path = Path(str(try_to_load_from_cache(model, "model_index.json", revision=revision)))
-        except HFValidationError:
-            return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # what is missing or damaged is told where it is loaded
-    return found if isinstance(found, dict) else None
-
-
 def _unread_thresholds(section: Any) -> Iterator[Finding]:
     """Thresholds that choose nothing, because another rule, or a CLIP, would read them."""
     for name in section.unread:
@@ -178,6 +134,40 @@ def _unread_thresholds(section: Any) -> Iterator[Finding]:
         needs = " and ".join(lacking)
         text = f"{value!r} chooses nothing under rule {section.rule}: it needs {needs}"
         yield Finding(what=f"select.{name}", state="warning", text=text)
+
+
+def _vain_aim(recipe: Any) -> Iterator[Finding]:
+    """Aim that nothing follows, or hardly."""
+    section, rounds = recipe.write_prompts, recipe.rounds
+    if not section.aim:
+        return
+    lacking = []
+    if not (rounds.fresh_pictures and rounds.count > 1):
+        lacking.append("rounds.fresh_pictures=true and rounds.count=2 or more")
+    if section.model == "bank":
+        lacking.append("a language model (write_prompts.model): the bank writes nothing new")
+    if lacking:
+        text = f"{section.aim} does little or nothing: it needs {', and '.join(lacking)}"
+        yield Finding(what="write_prompts.aim", state="warning", text=text)
+
+
+def _idle_selection(instance: Instance) -> Iterator[Finding]:
+    """What `select` would do, which labels made in training pass by."""
+    if instance.stage != "self_train":
+        return
+    recipe = instance.recipe
+    if recipe.self_train.mode == "offline" or recipe.self_train.labels == "none":
+        return
+    spares = recipe.synthesize.num_spares
+    if recipe.select.rule != "all" or spares:
+        text = (
+            f"it is online, which trains on every picture that is no spare: select.rule="
+            f"{recipe.select.rule} chooses nothing for it"
+        )
+        if spares:
+            text += f", and {spares} spares serve nothing unless another leg selects "
+            text += "(synthesize.spare=0 paints none)"
+        yield Finding(what="self_train.mode", state="warning", text=text)
 
 
 def _missing_averages(pending: Sequence[Instance]) -> Iterator[Finding]:
@@ -206,124 +196,6 @@ def _dataset(what: str, dataset: Any, root: Path, group: str) -> Iterator[Findin
     yield Finding(what=what, state="ok", text=f"{len(found.pairs)} samples below {root}")
     if (strays := strays_told(found, root)) is not None:
         yield Finding(what=what, state="warning", text=strays)
-
-
-def _weights(instance: Instance, field: str) -> Finding | None:
-    section = instance.recipe
-    for part in field.split("."):
-        section, parent = getattr(section, part), section
-    reference = section
-    if reference is None or reference in _NOT_WEIGHTS or not _is_used(instance, parent):
-        return None
-    local = name_path(reference) if field in NAME_FIELDS else weights_path(reference)
-    if local is not None:
-        state = "ok" if local.exists() else "error"
-        missing = f"{reference!r}: {local} is not there{_shipped(reference)}"
-        return Finding(what=field, state=state, text=str(local) if local.exists() else missing)
-    if meant_as_path(reference) or _is_file(field, parent):
-        text = f"there is no file or folder {reference} (relative paths begin at {Path.cwd()})"
-        return Finding(what=field, state="error", text=text)
-    if "/" not in reference and field not in _HUB_FIELDS:
-        return None
-    repository = reference.removeprefix("hf-hub:")
-    return _hub(field, repository, getattr(parent, "revision", None))
-
-
-def _is_file(field: str, section: Any) -> bool:
-    """Whether the field names a file in any case, not a hub's model or a library's tag."""
-    if field == "segmenter.encoder.weights":
-        return section.family == "sam"
-    return field == "refine.weights"
-
-
-def _unfit(instance: Instance) -> Iterator[Finding]:
-    """What is there, and does not fit, or is known to no library."""
-    recipe, sections = instance.recipe, instance.contract.sections_of(instance.recipe)
-    found: dict[str, str | None] = {}
-    if "segmenter" in sections:
-        yield from _tag_without_weights(recipe.segmenter.encoder)
-    if "write_prompts" in sections:
-        section = recipe.write_prompts
-        if section.server is not None:
-            found["write_prompts.server"] = fitness.server_problem(section.server, section.model)
-        else:
-            found["write_prompts.model"] = fitness.chat_template_problem(section.model)
-    if "synthesize" in sections and recipe.synthesize.mode == "paint":
-        found["synthesize.scheduler"] = fitness.scheduler_problem(recipe.synthesize.scheduler)
-    if "select" in sections and recipe.select.rule == "checks":
-        found["select.clip"] = fitness.clip_problem(recipe.select.clip)
-    if "refine" in sections:
-        section = recipe.refine
-        found["refine.weights"] = fitness.sam_problem(section.model, section.weights)
-        found["refine.rule"] = fitness.rule_problem(section.rule, _class_names(recipe))
-    for what, problem in found.items():
-        if problem is not None:
-            yield Finding(what=what, state="error", text=problem.removeprefix(f"{what}: "))
-
-
-def _tag_without_weights(encoder: Any) -> Iterator[Finding]:
-    """A name of timm with the tag of weights, which loads none."""
-    name, _, tag = encoder.name.partition(".")
-    if encoder.family == "timm" and tag and encoder.weights is None:
-        text = (
-            f"it is null, so the encoder begins with random weights: the tag {tag} in encoder.name "
-            f"loads none. Set segmenter.encoder.weights={tag} (and name={name})"
-        )
-        yield Finding(what="segmenter.encoder.weights", state="warning", text=text)
-
-
-def _class_names(recipe: Any) -> tuple[str, ...]:
-    """The label space's classes; none where its file cannot be read, which is told elsewhere."""
-    try:
-        return load_labelspace(recipe.data.labels).names
-    except (OSError, ValueError):
-        return ()
-
-
-def _shipped(reference: str) -> str:
-    """What a wrong builtin:NAME could have been."""
-    if not reference.startswith("builtin:"):
-        return ""
-    return nearest(reference, [f"builtin:{card.parent.name}" for card in _cards()])
-
-
-def _cards() -> list[Path]:
-    """The cards of the networks that ship."""
-    return sorted(MINIATURE_DIR.glob("*/README.md"))
-
-
-def _is_used(instance: Instance, section: Any) -> bool:
-    """Whether this run loads the section's weights itself."""
-    if instance.stage == "write_prompts":
-        return section.server is None
-    if instance.stage == "synthesize":
-        return section.mode == "paint"
-    return True
-
-
-def _hub(field: str, repository: str, revision: str | None) -> Finding:
-    """Whether a hub's model lies in the local cache; without network it must."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        cached = {entry.repo_id for entry in scan_cache_dir().repos}
-    except CacheNotFound:
-        cached = set()
-    if repository in cached:
-        return Finding(what=field, state="ok", text=f"{repository} is in the local hub cache")
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes", "on"}
-    fetch = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
-    text = f"{repository} is not in the local hub cache; fetch it with `{fetch}`"
-    if offline:
-        return Finding(what=field, state="error", text=text + " (HF_HUB_OFFLINE is set)")
-    absent, problem = fitness.hub_problem(repository, revision)
-    if absent:
-        text = f"{repository!r} is no folder here and no model of the hub ({problem})"
-        return Finding(what=field, state="error", text=text)
-    if problem:
-        text += f" (the hub was not reached: {problem})"
-    return Finding(what=field, state="warning", text=text + ", or it is fetched when it is needed")
 
 
 def _disk(store: Store) -> Finding:
@@ -374,7 +246,7 @@ def _names(instance: Instance) -> Iterator[Finding]:
         yield Finding(what="segmenter.encoder", state=state, text=problem or known)
     if "select" in sections and recipe.select.rule == "checks" and recipe.select.clip:
         clip, weights = recipe.select.clip, recipe.select.clip_weights
-        if fitness.clip_problem(clip) is not None:
+        if fitness.clip_problem(clip) is not None or clip.startswith("hf-hub:"):
             return  # told above
         problem = fitness.clip_tag_problem(clip, weights)
         known = f"open_clip knows {clip}, weights {weights}"

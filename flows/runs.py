@@ -98,7 +98,7 @@ def run(
     """
     engine.store.open()
     steps = engine.plan(selected)
-    pending = [step.instance for step in steps if step.action != "skip"]
+    pending = [step for step in steps if step.action != "skip"]
     if pending:
         preflight(pending, store=engine.store, listener=listener)
     record = _new_record(engine, overrides, study)

@@ -102,33 +102,63 @@ def _hub_problem(reference: str, revision: str | None) -> str | None:
 class HubAnswer:
     """What the hub says of a model."""
 
-    absent: bool = False
-    """It says that there is none of that name or revision (or that it is private)."""
     problem: str = ""
     """Why the model cannot be had, in a line; empty: it can."""
+    absent: bool = False
+    """It says that there is none of that name or revision (or that it is private)."""
+    gated: bool = False
+    """It gives the model only to who agreed to its licence."""
+    heard: bool = True
+    """Whether anybody answered."""
+    page: str = ""
+    """The model's page, where there is a licence to agree to."""
 
 
 def ask_hub(
     reference: str, revision: str | None = None, *, timeout_s: float = TIMEOUT_S
 ) -> HubAnswer:
     """Ask the hub whether it has a model; without a network that is a problem, no absence."""
-    absent = False
+    api = HfApi()
     try:
-        HfApi().model_info(reference, revision=revision, timeout=timeout_s)
+        if api.model_info(reference, revision=revision, timeout=timeout_s).gated:
+            _require_access(api, reference)
         return HubAnswer()
     except GatedRepoError as error:
-        problem = error
+        page = f"{api.endpoint}/{reference}"
+        return HubAnswer(gated=True, problem=_in_a_line(error), page=page)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        problem, absent = error, True
-    except (HfHubHTTPError, OSError, OfflineModeIsEnabled) as error:
-        problem = error
+        return HubAnswer(absent=True, problem=_in_a_line(error))
+    except HfHubHTTPError as error:
+        return HubAnswer(problem=_in_a_line(error))
+    except (OSError, OfflineModeIsEnabled) as error:
+        return HubAnswer(heard=False, problem=_in_a_line(error))
+    except (ValueError, KeyError, TypeError) as error:
+        # a proxy's page, a network that wants a login first, a mirror that describes nothing
+        told = f"no description of a model: {_in_a_line(error)}"
+        return HubAnswer(problem=told)
     except Exception as error:
         # Which exceptions mean "no network" depends on the hub client's HTTP library.
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        problem = error
-    told = str(problem).strip().split("\n")[0][:200] or type(problem).__name__
-    return HubAnswer(absent=absent, problem=told)
+        return HubAnswer(heard=False, problem=_in_a_line(error))
+
+
+def _require_access(api: HfApi, reference: str) -> None:
+    """A gated model's description is public, its files are not.
+
+    Raises:
+        GatedRepoError: this account has not agreed to the licence.
+    """
+    try:
+        api.auth_check(reference)
+    except GatedRepoError:
+        raise
+    except HfHubHTTPError:
+        return  # a mirror need not know that question
+
+
+def _in_a_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 @contextmanager

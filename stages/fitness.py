@@ -13,10 +13,14 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.config import EncoderConfig, name_path, weights_path
 from models.rule_classes import RuleClasses
 from models.served_writer import connect
+
+if TYPE_CHECKING:
+    from models.hub import HubAnswer
 
 HUB_TIMEOUT_S = 5.0
 BY_CLASS = frozenset({"guided", "stuff_things"})
@@ -26,12 +30,11 @@ SAM_BYTES = {"vit_b": 375_042_383, "vit_l": 1_249_524_607, "vit_h": 2_564_550_87
 _SAM_TOLERANCE = 0.02
 
 
-def hub_problem(reference: str, revision: str | None) -> tuple[bool, str]:
-    """What the hub says: whether it knows no such model, and why it cannot be had ("": it can)."""
+def hub_answer(reference: str, revision: str | None) -> "HubAnswer":
+    """What the hub says of a model."""
     from models.hub import ask_hub
 
-    answer = ask_hub(reference, revision, timeout_s=HUB_TIMEOUT_S)
-    return answer.absent, answer.problem
+    return ask_hub(reference, revision, timeout_s=HUB_TIMEOUT_S)
 
 
 def server_problem(url: str, model: str) -> str | None:

@@ -3,16 +3,19 @@
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import huggingface_hub
 import open_clip
 import pytest
 
-from flows.check import look
+from flows.check import look, preflight
 from flows.cli import main
 from flows.engine import Engine
 from flows.recipes import ConfigError, load_recipe
+from flows.steps import Step
 from flows.store import Store
 from models.config import EncoderConfig
 from models.painter import known_schedulers
@@ -26,17 +29,27 @@ def told(tmp_path, *settings, state="error"):
     return {finding.what: finding.text for finding in found if finding.state == state}
 
 
+THERE = {"id": "there", "siblings": []}
+NOT_THERE = (404, "RepoNotFound", {})
+
+
 @contextmanager
-def hub(monkeypatch, tmp_path, *known):
-    """A hub that knows some models."""
+def hub(monkeypatch, tmp_path, *known, **answers):
+    """A hub that knows some models, and answers (status, error code, content) for others.
+
+    It notes the paths that it was asked.
+    """
+    answers = {path: (200, None, THERE) for path in known} | answers
+    asked = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            there = self.path.removeprefix("/api/models/").partition("?")[0] in known
-            content = json.dumps({"id": "there", "siblings": []} if there else {}).encode()
-            self.send_response(200 if there else 404)
-            if not there:
-                self.send_header("X-Error-Code", "RepoNotFound")
+            asked.append(self.path.partition("?")[0].removeprefix("/api/models/"))
+            status, code, told = answers.get(asked[-1], NOT_THERE)
+            content = told.encode() if isinstance(told, str) else json.dumps(told).encode()
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -48,7 +61,7 @@ def hub(monkeypatch, tmp_path, *known):
     threading.Thread(target=http.serve_forever, daemon=True).start()
     online(monkeypatch, tmp_path, f"http://127.0.0.1:{http.server_address[1]}")
     try:
-        yield
+        yield asked
     finally:
         http.shutdown()
         http.server_close()
@@ -106,6 +119,92 @@ def test_the_hub_is_asked_where_it_can_be_asked(tmp_path, monkeypatch):
     assert "not reached" in told(tmp_path, *settings, state="warning")[fields[0]]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE is set" in told(tmp_path, *settings)[fields[0]]
+
+
+@pytest.mark.parametrize("content", ["<html>Please log in</html>", {}, [], "null"])
+def test_an_answer_that_is_no_hubs_is_a_warning(tmp_path, monkeypatch, content):
+    field, setting = "write_prompts.model", "write_prompts.model=owner/name"
+    with hub(monkeypatch, tmp_path, **{"owner/name": (200, None, content)}):
+        assert not told(tmp_path, setting)
+        text = told(tmp_path, setting, state="warning")[field]
+    assert "the hub answered: no description of a model" in text
+    assert "hf download owner/name" in text
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_gated_model_is_an_error_that_names_the_licence_and_the_token(
+    tmp_path, monkeypatch, asks
+):
+    """Some hubs describe a gated model to all and refuse its files, some refuse both."""
+    refused = (403, "GatedRepo", {})
+    described = (200, None, {**THERE, "gated": "manual"})
+    answers = {"owner/name/auth-check": refused, "owner/name": described if asks else refused}
+    setting = "write_prompts.model=owner/name"
+    with hub(monkeypatch, tmp_path, **answers):
+        text = told(tmp_path, setting)["write_prompts.model"]
+    assert "HF_TOKEN" in text
+    assert "/owner/name" in text.partition("http://127.0.0.1:")[2]
+    answers |= {"owner/name": described, "owner/name/auth-check": (200, None, {})}
+    with hub(monkeypatch, tmp_path, **answers):
+        assert not told(tmp_path, setting)
+    del answers["owner/name/auth-check"]  # a mirror that does not know the question
+    with hub(monkeypatch, tmp_path, **answers):
+        assert not told(tmp_path, setting)
+
+
+def test_a_hub_that_refuses_was_reached(tmp_path, monkeypatch):
+    with hub(monkeypatch, tmp_path, **{"owner/name": (403, None, {})}):
+        warned = told(tmp_path, "write_prompts.model=owner/name", state="warning")
+    assert "the hub answered: " in warned["write_prompts.model"]
+    assert "not reached" not in warned["write_prompts.model"]
+
+
+def test_hub_and_server_are_asked_once_for_all_instances(tmp_path, monkeypatch):
+    settings = ["rounds.count=3", "rounds.fresh_pictures=true", "write_prompts.model=owner/typo"]
+    with hub(monkeypatch, tmp_path) as asked:
+        assert "write_prompts.model" in told(tmp_path, *settings)
+    assert asked.count("owner/typo") == 1
+
+
+def test_what_perhaps_does_not_run_needs_no_network(tmp_path, monkeypatch):
+    settings = ["write_prompts.model=owner/name", "write_prompts.server=http://127.0.0.1:9/v1"]
+    settings += ["synthesize.model=owner/gone", "refine.weights=weights/nothere.pth"]
+    engine = Engine(recipe=load_recipe("tiny", settings), store=Store(tmp_path / "artifacts"))
+    pending = list(engine.instances.values())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    unsure = frozenset(engine.instances)
+    states = {f.what: f for f in look(pending, store=engine.store, unsure=unsure)}
+    assert states["write_prompts.server"].state == "warning"
+    assert states["synthesize.model"].state == "warning"
+    assert "turns out not to be done" in states["synthesize.model"].text
+    assert states["refine.weights"].state == "error"  # its content is a part of the key
+    sure = look(pending, store=engine.store, unsure=unsure - {"synthesize"})
+    assert next(f for f in sure if f.what == "synthesize.model").state == "error"
+
+
+def test_a_run_of_what_may_be_done_passes_without_the_server_that_made_it(tmp_path):
+    store = Store(tmp_path / "artifacts")
+    settings = ["write_prompts.model=m", "write_prompts.server=http://127.0.0.1:9/v1"]
+    engine = Engine(recipe=load_recipe("tiny", settings), store=store)
+    step = Step(instance=engine.instances["write_prompts"], action="may run", reason="")
+    said = []
+    preflight([step], store=store, listener=SimpleNamespace(say=said.append))
+    assert any("nobody answers" in text for text in said)
+    with pytest.raises(ConfigError, match="nobody answers"):
+        preflight([replace(step, action="run")], store=store, listener=SimpleNamespace(say=print))
+
+
+def test_a_label_space_that_cannot_be_read_says_nothing_of_rules(tmp_path):
+    assert "refine.rule" not in told(tmp_path, "refine.rule=guided", "data.labels=nosuch")
+
+
+def test_a_model_that_the_server_lacks_is_told_once_under_its_name(tmp_path, monkeypatch):
+    with hub(monkeypatch, tmp_path, **{"/v1/models": (200, None, {"data": [{"id": "other"}]})}):
+        server = f"{huggingface_hub.constants.ENDPOINT}/v1"
+        found = told(tmp_path, f"write_prompts.server={server}", "write_prompts.model=m")
+    assert "write_prompts.server" not in found
+    assert found["write_prompts.model"].endswith("serves other; not 'm'")
+    assert "write_prompts" not in found["write_prompts.model"]
 
 
 def test_what_does_not_fit_is_told_before_any_work(tmp_path):
@@ -197,3 +296,42 @@ def test_a_tag_in_the_name_that_loads_nothing_is_told(tmp_path):
     assert "encoder.weights=mim_m38m" in warned
     settings[2] = "segmenter.encoder.weights=mim_m38m"
     assert "segmenter.encoder.weights" not in told(tmp_path, *settings, state="warning")
+
+
+def test_our_painted_recipes_clip_is_looked_for_before_any_work(tmp_path, monkeypatch):
+    engine = Engine(
+        recipe=load_recipe("clouds_convnext_l_gta5"), store=Store(tmp_path / "artifacts")
+    )
+    online(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = look([engine.instances["select@1"]], store=engine.store)
+    (finding,) = (finding for finding in found if finding.what == "select.clip")
+    assert finding.state == "error"
+    assert "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacking"),
+    [
+        (["write_prompts.model=bank"], ["rounds.count=2", "the bank writes nothing new"]),
+        (["rounds.fresh_pictures=true", "rounds.count=2"], ["the bank writes nothing new"]),
+        (["write_prompts.model=random"], ["rounds.count=2"]),
+        (["write_prompts.model=random", "rounds.fresh_pictures=true", "rounds.count=2"], []),
+    ],
+)
+def test_aim_that_nothing_follows_is_a_warning(tmp_path, settings, lacking):
+    found = told(tmp_path, "write_prompts.aim=1", *settings, state="warning")
+    text = found.get("write_prompts.aim", "")
+    assert [part in text for part in lacking] == [True] * len(lacking)
+    assert bool(text) == bool(lacking)
+
+
+def test_a_selection_that_online_training_passes_by_is_a_warning(tmp_path):
+    settings = ["self_train.mode=online", "synthesize.num_images=8", "synthesize.spare=0.5"]
+    field = "self_train.mode"
+    text = told(tmp_path, *settings, "select.rule=checks", state="warning")[field]
+    assert "select.rule=checks chooses nothing" in text
+    assert "4 spares" in text
+    assert field not in told(tmp_path, settings[0], "select.rule=all", state="warning")
+    settings[0] = "self_train.mode=offline"
+    assert field not in told(tmp_path, *settings, "select.rule=checks", state="warning")

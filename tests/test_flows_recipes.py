@@ -56,7 +56,7 @@ def test_our_own_recipes_choose_among_pictures_and_the_released_ones_take_all(na
     else:
         assert (section.rule, section.clip is None, spare > 0) == ("checks", False, True)
         assert min(section.min_sure_share, section.min_classes) > 0
-        assert recipe.write_prompts.num_prompts == len(load_bank())
+        assert recipe.write_prompts.num_prompts < len(load_bank())  # the plan chooses
     assert not section.unread
 
 
