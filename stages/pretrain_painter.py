@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from models.config import weights_path
 from models.miniature import painter_lessons as lessons
 from models.miniature import painter_network as network
 from models.miniature.painter_lessons import Scene
@@ -35,6 +36,8 @@ BASIS_PICTURES = 2000
 LARGEST_FILE = "6MB"
 """Tensors of one file of weights."""
 ENCODED_AT_ONCE = 100
+PIPELINE_NAME = "model_index.json"
+"""The file that every painter's folder has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +265,14 @@ def begin_with(start: str) -> tuple[AutoencoderTiny, Pupil]:
         FileNotFoundError: there is no painter.
         ValueError: it is a painter of other parts than ours.
     """
-    pipeline = load_painter(start).pipeline
+    folder = weights_path(start)
+    if folder is None or not (folder / PIPELINE_NAME).is_file():
+        raise FileNotFoundError(
+            f"pretrain_painter.start: {start!r} is no folder with {PIPELINE_NAME}; name a folder "
+            "that pretrain_painter left, or builtin:painter."
+        )
+    # the whole path: a folder's bare name could be a word that load_painter knows
+    pipeline = load_painter(str(folder.resolve())).pipeline
     earlier = getattr(pipeline, "unet", None)
     unet = network.build_unet()
     if earlier is None or _shapes(earlier) != _shapes(unet):

@@ -221,6 +221,12 @@ def test_a_painter_to_begin_with_that_is_none_is_told(tmp_path):
         pretrain_painter.begin_with(str(tmp_path))
 
 
+@pytest.mark.parametrize("start", ["erly", "local-dir:erly", "builtin:writer", "random"])
+def test_a_start_that_leads_to_no_painter_is_told(start):
+    with pytest.raises(FileNotFoundError, match=f"pretrain_painter.start: '{start}'"):
+        pretrain_painter.begin_with(start)
+
+
 def test_an_untrained_painter_fails_its_exam(trained, tmp_path):
     section = {"num_train": 4, "head_steps": 2, "batch_size": 2, "num_prompts": 60}
     section |= {"paint_steps": 1, "guidance": 1.0}
