@@ -87,9 +87,7 @@ the autoencoder's encoder is those components written as convolutions. Its decod
 them (absolute error of pixels and of edges, latents slightly noised). The denoiser and the text
 tower learn velocities at all times alike, on sentences that are worded anew every time
 (`models/miniature/painter_lessons.py`): captions, freer and shorter sentences, and a share of
-silence for guidance. They began with those of a first painter (`pretrain_painter.start`; it lies in
-this project's history at bd9ba07), which had learned from fresh weights for 4200 steps, 0.78
-CPU-hours; latents and decoder are that painter's.
+silence for guidance. {began}
 
 **What it is not.** A painter of anything but rendered streets of this size. Its sentences come from
 a renderer and are true of what they name; where things stand ("on the left") was made up, so such
@@ -122,16 +120,17 @@ def write_card(
         "CPU hours": f"{numbers['cpu_s'] / 3600:.2f} (one thread, beside other work)",
         "Seed": manifest["seed"],
         "Precision": f"{manifest['precision']} autocast; shipped as fp16",
-        "Settings": ", ".join(f"{key} {value}" for key, value in section.items()),
+        "Settings": ", ".join(f"{key} {value}" for key, value in _used(section).items()),
         "Code": manifest.get("git_revision") or "unknown",
         "Gate": "passed" if gates["passed"] else f"NOT passed: {below_gate}",
     }
     table = [f"| {name} | {value} |" for name, value in facts.items()]
+    about = _ABOUT[network].replace("{began}", _began(section))
     quality = _QUALITY[network](gates)
     lines = [
         f"# {_TITLES[network]}",
         "",
-        *(" ".join(part.split()) + "\n" for part in _ABOUT[network].split("\n\n")),
+        *(" ".join(part.split()) + "\n" for part in about.split("\n\n")),
         "## How it was made",
         "",
         "| | |",
@@ -150,6 +149,29 @@ def write_card(
         "",
     ]
     (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _began(section: Mapping[str, Any]) -> str:
+    """What a painter's denoiser and text tower began with."""
+    start = section.get("start")
+    if start is None:
+        return "They began with fresh weights."
+    began = (
+        "They began with those of an earlier painter (`pretrain_painter.start`, under Settings), "
+        "whose latents, decoder and tokenizer are kept."
+    )
+    if start == "builtin:painter":
+        began += (
+            " It is the one that shipped before this one: an earlier version of this card, in the "
+            "project's history, tells how that was trained."
+        )
+    return began
+
+
+def _used(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were read: one who begins with a painter trains no decoder."""
+    unread = {"decoder"} if section.get("start") is not None else set()
+    return {key: value for key, value in section.items() if key not in unread}
 
 
 def card_digests(folder: Path) -> dict[str, tuple[int, str]]:

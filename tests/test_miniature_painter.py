@@ -297,4 +297,13 @@ def test_card_states_files_in_folders_and_figures(trained):
         path.relative_to(folder).as_posix(): (path.stat().st_size, file_digest(path))
         for path in files
     }
-    assert "27.50 dB" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "27.50 dB" in card
+    assert "They began with fresh weights." in card
+    assert "decoder {" in card
+    section["start"] = "builtin:painter"
+    write_card(folder, "painter", manifest=manifest, gates=gates)
+    card = (folder / "README.md").read_text()
+    assert "They began with those of an earlier painter (`pretrain_painter.start`" in card
+    assert "decoder {" not in card, "it was not trained"
+    assert "start builtin:painter" in card
