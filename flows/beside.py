@@ -3,7 +3,8 @@
     clouds --set run.beside=2
 
 Each runs in a process of its own; a thread of this one waits for it. They start in the order of the
-plan. What is made, and under which key, is the same as one after the other.
+plan. What is made, and under which key, is the same as one after the other: numbers up to rounding,
+where a stage has another number of threads then.
 """
 
 import contextlib
@@ -86,7 +87,8 @@ def run_beside(
         execute: runs a stage in a child.
         around: calls what runs an instance, in the instance's thread.
         done: told every result, in this thread.
-        choose_gpus: what gives a stage GPUs of its own; None: `execute` sees to that.
+        choose_gpus: what gives a stage GPUs of its own; None: `execute` sees to that. On the one
+            that `run.device` names they go one after the other in any case.
 
     Raises:
         Exception: what the first that failed raised, when those that ran beside it have ended.
@@ -208,11 +210,12 @@ class _Beside:
 
     def _gpus_for(self, instance: Instance, held: contextlib.ExitStack) -> Mapping[str, str] | None:
         """The environment in which it sees GPUs of its own; None: it waits for those that run."""
-        if self.choose_gpus is None:
-            return {}
-        chosen_by_user = ":" in instance.recipe.run.device
-        count = gpus_taken(instance.contract, instance.recipe)
-        env = {} if chosen_by_user else held.enter_context(self.choose_gpus(count))
+        env: Mapping[str, str] = {}
+        if ":" not in instance.recipe.run.device:  # else the user chose the one that all wait for
+            if self.choose_gpus is None:
+                return env
+            count = gpus_taken(instance.contract, instance.recipe)
+            env = held.enter_context(self.choose_gpus(count))
         if not env and any(job.on_gpu for job in self.jobs.values()):
             held.close()
             return None

@@ -228,7 +228,9 @@ def _beside(count: int) -> Iterator[Finding]:
     """What each of several stages at once has of this machine."""
     if count > 1:
         threads = os.environ.get("OMP_NUM_THREADS") or threads_each(count)
-        text = f"{count} stages at once, {threads} threads each, on GPUs one at a time per GPU"
+        # with run.processes each of a stage's has fewer
+        most = f"at most {threads} threads each"
+        text = f"{count} stages at once, {most}, on GPUs one at a time per GPU"
         yield Finding(what="run.beside", state="ok", text=text)
 
 

@@ -160,9 +160,11 @@ class Console:
         """Take the bars of what still runs off the terminal while a line is printed above them."""
         if self._bars is not None:
             self._bars.stop()
-        yield
-        if self._bars is not None:
-            self._bars.start()
+        try:
+            yield
+        finally:
+            if self._bars is not None:
+                self._bars.start()
 
     def _stop_bars(self) -> None:
         if self._bars is not None:

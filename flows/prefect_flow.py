@@ -354,7 +354,9 @@ class _Desk:
         if isinstance(stopped_by, StageError):
             page += [f"The whole error is kept at `{stopped_by.kept.absolute()}`.", ""]
         page += ["| instance | | | key | folder |", "|---|---|---|---|---|"]
-        for name, result in self.results.items():
+        ended = (name for name in self.engine.instances if name in self.results)
+        for name in ended:  # in the order of the plan, whoever ended first
+            result = self.results[name]
             how = "cached" if result.cached else f"{result.seconds:.1f} s"
             where = f"`{result.artifact.key}` | `{result.artifact.folder.absolute()}`"
             page.append(f"| {name} | {how} | {result.text} | {where} |")

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows import console
 from flows.beside import threads_each
 from flows.console import Console, StandardError
 from flows.engine import Engine
@@ -193,11 +194,15 @@ def test_on_gpus_each_has_its_own(meet, gpus):
     assert seen == ["0", "1"]
 
 
-@pytest.mark.parametrize(("device", "seen"), [("cuda", "0"), ("cuda:0", None)])
-def test_with_fewer_gpus_they_wait_rather_than_share_one(meet, gpus, device, seen):
+@pytest.mark.parametrize(
+    ("device", "seen", "slots"),
+    [("cuda", "0", False), ("cuda:0", None, False), ("cuda:0", None, True)],
+)
+def test_with_fewer_gpus_they_wait_rather_than_share_one(meet, gpus, device, seen, slots):
     contracts = (*diamond(numeric=True), contract("writer", "first"))
     orders = {"left": {"awaits": ["writer ended"]}}  # needs no GPU: overtakes
-    meet(contracts=contracts, orders=orders, device=device, choose_gpus=gpus(1))
+    choose = None if slots else gpus(1)  # None: Prefect counts GPUs, but two slots say nothing here
+    meet(contracts=contracts, orders=orders, device=device, choose_gpus=choose)
     for before, after in (("left", "middle"), ("middle", "right")):
         assert meet.told(f"{after} began")["when"] > meet.told(f"{before} ended")["when"]
     assert {meet.told(f"{name} began")["CUDA_VISIBLE_DEVICES"] for name in MIDDLE} == {seen}
@@ -265,6 +270,21 @@ def test_on_a_terminal_each_has_a_bar_until_it_ends(tmp_path, monkeypatch, capsy
         assert ("middle" in drawn, "left" in drawn) == (True, False)
         bars[1].note("half way")
         assert "middle: half way" in capsys.readouterr().err
+
+
+def test_a_line_that_cannot_be_printed_leaves_the_bars_running(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    made = new_engine(tmp_path, diamond())
+
+    def fails(text):
+        raise OSError(f"no space for {text!r}")
+
+    with Console(beside=2) as listener:
+        listener.stage_started(made.instances["left"], None)
+        monkeypatch.setattr(console, "say", fails)
+        with pytest.raises(OSError, match="no space for 'half way'"):
+            listener.say("half way")
+        assert listener._bars.live.is_started
 
 
 def redrawn(listener, capsys):

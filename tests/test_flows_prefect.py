@@ -439,6 +439,31 @@ def test_deploying_again_changes_nothing_and_limits_gpus(prefect):
     assert gpu["limit"] == max(1, count_gpus())
 
 
+IN_OTHER_ORDER = """
+import sys
+from pathlib import Path
+from flows import prefect_flow
+from flows.steps import Artifact, Result
+from tests.toy_pipeline import engine
+desk = prefect_flow._Desk(engine(Path(sys.argv[1])))
+for name in reversed(desk.engine.instances):
+    artifact = Artifact(name=name, key="k", folder=Path(name), manifest={})
+    desk.results[name] = Result(artifact=artifact, cached=False, seconds=1.0, text="done")
+prefect_flow._tell = lambda create, key, markdown: print(markdown)
+desk.summarise()
+print("plan", *desk.engine.instances)
+"""
+
+
+def test_the_summary_is_in_the_order_of_the_plan_whoever_ended_first(prefect, tmp_path):
+    done = prefect.command("-c", IN_OTHER_ORDER, str(tmp_path))
+    lines = done.stdout.splitlines()
+    (plan,) = [line.split()[1:] for line in lines if line.startswith("plan ")]
+    told = [line.split()[1] for line in lines if line.endswith("` |")]
+    assert told == plan, done.stdout
+    assert len(plan) > 2
+
+
 def test_a_retry_of_a_forced_stage_goes_on_from_its_own_work(tmp_path, monkeypatch):
     made = toy_pipeline.engine(tmp_path, force=frozenset({"numbers"}))
     numbers = made.instances["numbers"]
