@@ -272,6 +272,7 @@ def sum_up(rows: Sequence[Mapping[str, object]], *, untrained: bool) -> Row:
 
 
 def _summary(statistics: Row, num_shards: int) -> Summary:
+    """Shares are of the pixels that had a label; both are 0 where none had."""
     counts = list(statistics["classes"].values())
     before = sum(count["before"] for count in counts)
     kept = sum(count["kept"] for count in counts)

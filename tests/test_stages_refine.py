@@ -290,6 +290,8 @@ def test_maps_of_nothing_or_of_one_class_are_refined_sensibly(tmp_path, inputs, 
     assert statistics["classes"].keys() <= {str(value)}
     assert summary.numbers["pictures"] == 5
     assert ("no pixel had a label" in summary.text) == (value == IGNORE)
+    if value == IGNORE:
+        assert (summary.numbers["kept_share"], summary.numbers["lost_share"]) == (0, 0)
 
 
 def test_what_is_lost_is_told_and_a_refinement_that_leaves_no_label_is_noted(tmp_path, inputs):
