@@ -96,7 +96,7 @@ def weights_identity(recipe: Any, dotted: str, store: Store) -> str:
     if reference is None:
         return "none"
     local = name_path(reference) if dotted in NAME_FIELDS else weights_path(reference)
-    if local is None:
+    if local is None or getattr(section, "server", None) is not None:  # its names are no paths here
         return f"hub:{reference}@{getattr(section, 'revision', None) or 'main'}"
     if not local.exists():
         return f"missing:{reference}"

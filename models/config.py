@@ -208,14 +208,20 @@ NAME_FIELDS = frozenset({"segmenter.encoder.name", "select.clip"})
 called as one ("RN50") does not count."""
 
 
+KEYWORDS = frozenset({"bank", "random", "default", "openai"})
+"""References that mean something of their own: a folder that happens to be called as one does not
+count (`local-dir:FOLDER` names it)."""
+
+
 def weights_path(reference: str) -> Path | None:
     """The file or folder that a reference to weights names, or None if it names a hub's model.
 
     `builtin:NAME` is a network that ships with this package, `local-dir:FOLDER` and every existing
-    path are local; all else ("RN50", "owner/name") is a hub id or a library's tag.
+    path are local; all else ("RN50", "owner/name", one of `KEYWORDS`) is a hub id, a library's tag
+    or a keyword.
     """
     found = name_path(reference)
-    if found is None and reference and Path(reference).exists():
+    if found is None and reference and reference not in KEYWORDS and Path(reference).exists():
         return Path(reference)
     return found
 

@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.config import EncoderConfig, TextConfig, TuningConfig, name_path, weights_path
+from models.config import (
+    KEYWORDS,
+    EncoderConfig,
+    TextConfig,
+    TuningConfig,
+    name_path,
+    weights_path,
+)
 from models.encoders import (
     CLIP_MEAN,
     CLIP_STD,
@@ -38,7 +45,8 @@ def at_hand(config: EncoderConfig) -> EncoderConfig:
     if (folder := name_path(config.name)) is not None:
         found["name"] = f"local-dir:{folder}"
     if config.weights is not None and (path := weights_path(config.weights)) is not None:
-        found["weights"] = str(path)
+        # a folder called as a keyword stays a path
+        found["weights"] = f"./{path}" if str(path) in KEYWORDS else str(path)
     return config.model_copy(update=found)
 
 
@@ -194,13 +202,13 @@ def weights_file(reference: str, hub_names: Sequence[str]) -> Path | None:
     Raises:
         FileNotFoundError: a folder without weights, or a path or hub id that leads nowhere.
     """
-    path = weights_path(reference) or Path(reference)
-    if path.is_dir():
+    path = weights_path(reference)
+    if path is not None and path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         if not files:
             raise FileNotFoundError(f"encoder.weights: no .safetensors or .bin file in {path}")
         return files[0]
-    if path.is_file():
+    if path is not None and path.is_file():
         return path
     return hub_file(reference, hub_names, option="encoder.weights") if "/" in reference else None
 

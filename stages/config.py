@@ -199,8 +199,8 @@ class SelectConfig(Section):
     """checks: drop pictures whose 64-bit perceptual hash differs in at most so many bits from that
     of a kept one; None: no such check."""
     clip: str | None = None
-    """checks: CLIP that compares picture and prompt (open_clip name, `hf-hub:` id, local-dir:FOLDER,
-    builtin:NAME); None: no such check."""
+    """checks: CLIP that compares picture and prompt (open_clip name, `hf-hub:` id,
+    local-dir:FOLDER, builtin:NAME); None: no such check."""
     clip_weights: str | None = None
     """Pre-trained tag or file of `clip`."""
     min_similarity: float = Field(0.2, ge=-1, le=1)

@@ -373,6 +373,30 @@ def test_a_folder_called_as_an_architecture_is_not_taken_for_it(tmp_path, monkey
     assert found["segmenter.encoder.name"] == "hub:RN50@main"
 
 
+@pytest.mark.parametrize(
+    ("stage", "field", "keyword", "settings"),
+    [
+        ("write_prompts", "write_prompts.model", "bank", []),
+        ("synthesize", "synthesize.model", "random", []),
+        ("train_source", "segmenter.encoder.weights", "openai", []),
+        ("train_source", "segmenter.encoder.weights", "default", []),
+        ("write_prompts", "write_prompts.model", "m", ["write_prompts.server=http://h:1/v1"]),
+    ],
+)
+def test_a_folder_called_as_a_keyword_or_a_servers_model_is_not_taken_for_it(
+    tmp_path, monkeypatch, stage, field, keyword, settings
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / keyword).mkdir()
+
+    def identity(reference, *others):
+        instance = build(load_recipe("tiny", [f"{field}={reference}", *others]))[stage]
+        return ingredients(instance, {}, Store(tmp_path / "store"))["weights"][field]
+
+    assert identity(keyword, *settings) == f"hub:{keyword}@main"
+    assert identity(f"local-dir:{keyword}").startswith("local:")
+
+
 def test_a_setting_that_came_later_counts_only_where_it_is_set(tmp_path):
     """So that pictures painted before the setting was there are found again."""
     plain, default, checked = (

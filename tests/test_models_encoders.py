@@ -1,5 +1,7 @@
 """Encoders: strides, position embeddings, published sizes, equality with their libraries."""
 
+from pathlib import Path
+
 import huggingface_hub
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from models.build import build_segmenter
 from models.config import EncoderConfig, SegmenterConfig, TuningConfig
-from models.towers import build_encoder, create_timm
+from models.towers import at_hand, build_encoder, create_timm, weights_file
 from models.vits import interpolate_positions
 from tests.small_segmenters import ENCODERS, NAMES, small_config, small_segmenter, some_images
 
@@ -153,6 +155,17 @@ def test_weights_come_from_a_file_a_folder_or_the_hubs_cache(tmp_path, monkeypat
     loaded = build_encoder(config.model_copy(update={"weights": weights}), TuningConfig())
     for name, value in loaded.trunk.state_dict().items():
         assert torch.equal(value, state[prefix + name]), name
+
+
+def test_a_folder_called_as_a_tag_is_loaded_only_where_it_is_named_as_a_folder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()
+    (tmp_path / "openai" / "model.safetensors").touch()
+    assert weights_file("openai", []) is None  # a tag
+    config = at_hand(EncoderConfig(name="RN50", weights="local-dir:openai"))
+    assert weights_file(config.weights, []) == Path("openai/model.safetensors")
 
 
 def test_a_segformers_own_file_with_its_head_gives_its_encoder(tmp_path):
