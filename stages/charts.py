@@ -93,7 +93,7 @@ def line_chart(name: str, lines: Mapping[str, Points], colours: Mapping[str, int
         x_ticks=tuple(
             Tick(text=short(step), at=x_of(step))
             for step in ticks(*x_range, about=5)
-            if step <= x_range[1]
+            if step <= x_range[1] and step == int(step)
         ),
         y_ticks=tuple(Tick(text=short(value), at=y_of(value)) for value in y_ticks),
         x_range=x_range,

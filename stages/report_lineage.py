@@ -20,7 +20,7 @@ _DOES = {contract.name: contract.does for contract in CONTRACTS}
 State = Literal["ran", "cached", "shared", "unknown"]
 """shared: another leg's artifact serves here as well."""
 
-BOX_WIDTH, BOX_HEIGHT = 158, 64
+BOX_WIDTH, BOX_HEIGHT = 176, 64
 _GAP_X, _GAP_Y, _LANE_GAP, _MARGIN = 44, 14, 18, 30
 _LANE_TITLE, _TRACKS = 26, 22
 
