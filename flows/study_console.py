@@ -9,7 +9,7 @@ from flows.pipeline import Instance
 from flows.steps import Result
 from flows.studies import Plan, Study, Trial
 from flows.study_runs import Forecast
-from stages.study_table import Outcome, Row, Table, difference_text, spread_text
+from stages.study_table import Outcome, Row, Table, difference_text, figure_text, spread_text
 
 
 class StudyConsole(console.Console):
@@ -85,7 +85,7 @@ def _cells(row: Row) -> list[str]:
     spreads = [*row.targets.values(), row.mean]
     cells = [row.case, row.model, *map(spread_text, spreads)]
     cells.append(difference_text(row))
-    return cells + [spread_text(spread) for spread in row.figures.values()]
+    return cells + [figure_text(spread) for spread in row.figures.values()]
 
 
 def studies(found: dict[str, Study]) -> None:

@@ -319,7 +319,7 @@ def _cells(row: Row) -> list[str]:
     cells = [row.case, row.model]
     cells += [spread_text(spread) for spread in (*row.targets.values(), row.mean)]
     cells.append(difference_text(row))
-    return cells + [spread_text(spread) for spread in row.figures.values()]
+    return cells + [figure_text(spread) for spread in row.figures.values()]
 
 
 def difference_text(row: Row) -> str:
@@ -342,6 +342,16 @@ def spread_text(spread: Spread) -> str:
     if spread.known and len(spread.known) < len(spread.values):
         text += f" ({len(spread.known)})"
     return text
+
+
+def figure_text(spread: Spread) -> str:
+    """As `spread_text`, where no value is beyond 1; else counts, as they are."""
+    if all(abs(value) <= 1 for value in spread.known):
+        return spread_text(spread)
+    hundredth = {
+        seed: None if value is None else value / 100 for seed, value in spread.values.items()
+    }
+    return spread_text(Spread(values=hundredth))
 
 
 def _single_values(table: Table) -> list[list[str]]:

@@ -11,7 +11,15 @@ from flows.recipes import ConfigError
 from flows.runs import run
 from flows.studies import arrange_study, load_study, study_files
 from stages.launch import execute
-from stages.study_table import Outcome, Spread, Table, as_json, as_markdown, rows_of
+from stages.study_table import (
+    Outcome,
+    Spread,
+    Table,
+    as_json,
+    as_markdown,
+    figure_text,
+    rows_of,
+)
 
 STUDY = """
 description: Does it pay?
@@ -293,3 +301,9 @@ def test_an_error_that_is_no_stage_s_own_stops_the_study(study):
 
     with pytest.raises(KeyboardInterrupt):
         study_runs.run_study(plan, listener=Watcher(), execute=interrupted)
+
+
+def test_shares_are_told_in_percent_and_counts_as_they_are():
+    assert figure_text(Spread(values={0: 0.25, 1: 0.35})) == "30.0 ± 7.1"
+    assert figure_text(Spread(values={0: 82.0, 1: None})) == "82.0 (1)"
+    assert figure_text(Spread(values={0: None})) == "–"
