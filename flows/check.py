@@ -19,7 +19,6 @@ from flows.store import Store
 from models.config import name_path
 from stages import fitness
 from stages.contracts import labelspace_file
-from stages.labels import load_labelspace
 from stages.layouts import WORLD_PREFIX, dataset_root, list_pairs, strays_told
 
 MIN_FREE_BYTES = 200 * 2**20
@@ -111,6 +110,8 @@ def _unused_pictures(recipe: Any) -> Iterator[Finding]:
 
 def _unknown_classes(instance: Instance) -> Iterator[Finding]:
     """Thresholds of classes that the label space does not have."""
+    from stages.labels import load_labelspace  # numpy, which `plan` does without
+
     named, labels = instance.recipe.pseudo_label.class_thresholds, instance.recipe.data.labels
     if not named or not labelspace_file(labels).is_file():
         return
@@ -153,7 +154,7 @@ def _vain_aim(recipe: Any) -> Iterator[Finding]:
 
 def _idle_selection(instance: Instance) -> Iterator[Finding]:
     """What `select` would do, which labels made in training pass by."""
-    if instance.stage != "self_train":
+    if "self_train" not in instance.contract.sections:
         return
     recipe = instance.recipe
     if recipe.self_train.mode == "offline" or recipe.self_train.labels == "none":

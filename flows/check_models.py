@@ -22,7 +22,6 @@ from models.config import (
     weights_path,
 )
 from stages import fitness
-from stages.labels import load_labelspace
 
 _HUB_FIELDS = {"write_prompts.model", "synthesize.model"}
 """Fields whose values are hub ids where they are no folders, with or without an owner."""
@@ -205,6 +204,8 @@ def _tag_without_weights(encoder: Any) -> Iterator[Finding]:
 
 def _class_names(recipe: Any) -> tuple[str, ...]:
     """The label space's classes; none where its file cannot be read, which is told elsewhere."""
+    from stages.labels import load_labelspace  # numpy, which `plan` does without
+
     try:
         return load_labelspace(recipe.data.labels).names
     except (OSError, ValueError):

@@ -292,7 +292,7 @@ def main(words: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
         for room in ("stages", "models", "prompts"):  # others only warn
             logging.getLogger(room).setLevel(level)
-        log.debug("process %d", os.getpid())
+        log.info("process %d", os.getpid())
         if _num_ranks(spec) > 1 and rank is None:
             return _lead_ranks(spec, arguments.spec, progress)
         if arguments.shards:

@@ -1,5 +1,7 @@
 """Class mixing, and how far painted labels are trusted: weights of pictures, doubtful pixels."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -216,11 +218,12 @@ def test_noisy_pixels_lose_their_labels(painted):
         assert not dropped[~unsure].any()
 
 
-def test_without_a_selection_spare_and_flagged_pictures_are_left_out(painted):
-    index = painted["pictures"] / "shard-00000" / "index.jsonl"
+def test_without_a_selection_spare_and_flagged_pictures_are_left_out(painted, tmp_path):
+    pictures = shutil.copytree(painted["pictures"], tmp_path / "pictures")
+    index = pictures / "shard-00000" / "index.jsonl"
     marks = {"p1": {"spare": True}, "p3": {"flagged": True}}
     write_jsonl(index, [row | marks.get(row["id"], {}) for row in read_jsonl(index)])
-    samples = load_painted(painted["pictures"], None)
+    samples = load_painted(pictures, None)
     assert [sample.id for sample in samples] == ["painted/p0", "painted/p2", "painted/p4"]
 
 
