@@ -317,6 +317,8 @@ def test_whatever_stops_the_run_ends_its_children_and_the_same_command_goes_on(m
         env={**os.environ, "TOY_ORDERS": json.dumps({"left": waits, "middle": waits})},
         stderr=subprocess.PIPE,
         text=True,
+        # A job in a script's background is started with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     both = [meet.events / "left began", meet.events / "middle began"]
     wait_until(lambda: all(path.exists() for path in both))
