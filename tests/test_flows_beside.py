@@ -82,6 +82,23 @@ def meet(tmp_path, monkeypatch):
     return Meet()
 
 
+class Herald(Ears):
+    """Lets stages await what the run itself has learned: a stage's last word comes before that."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def say(self, text):
+        super().say(text)
+        if " failed; first " in text:
+            (self.events / f"{text.split()[0]} is known to have failed").touch()
+
+    def stage_finished(self, instance, result):
+        super().stage_finished(instance, result)
+        (self.events / f"{instance.name} is known to have ended").touch()
+
+
 def new_engine(root, contracts, *, beside=2, device="cpu", legs=None):
     settings = {"run": {"beside": beside, "device": device}, "legs": legs or {}}
     recipe = validate(settings, model=ToyRecipe, place="toy")
@@ -133,10 +150,10 @@ def test_again_all_is_found_done_in_the_order_of_the_plan(meet):
 def test_beside_a_failure_what_runs_is_finished_and_nothing_new_starts(meet):
     orders = {
         "left": {"awaits": ["middle began"], "fails": "ValueError"},
-        "middle": {"awaits": ["left failed"]},
+        "middle": {"awaits": ["left is known to have failed"]},
     }
     with pytest.raises(StageError, match="left: as ordered") as caught:
-        meet(orders=orders)
+        meet(orders=orders, listener=Herald(meet.events))
     assert caught.value.user
     assert caught.value.kept.is_file()
     assert meet.ears.ran == ["first", "middle"]
@@ -151,11 +168,11 @@ def test_beside_a_failure_what_runs_is_finished_and_nothing_new_starts(meet):
 
 def test_the_first_failure_is_raised_and_the_second_told(meet):
     orders = {
-        "left": {"awaits": ["middle failed"], "fails": "ValueError"},
+        "left": {"awaits": ["middle is known to have failed"], "fails": "ValueError"},
         "middle": {"awaits": ["left began"], "fails": "MemoryError"},
     }
     with pytest.raises(StageError, match=r"needs less: fewer stages at once \(run.beside=1\)"):
-        meet(orders=orders)
+        meet(orders=orders, listener=Herald(meet.events))
     assert "left failed too: left: as ordered" in meet.ears.said
 
 
@@ -232,8 +249,9 @@ def test_legs_with_one_key_make_it_once(meet):
 
 def test_latest_is_the_last_of_the_plan_whoever_ends_first(meet):
     contracts = (contract("self_train", legs=True, rounds=lambda recipe: True, sections=("toy",)),)
-    orders = {"self_train#a": {"awaits": ["self_train#b ended"]}}
-    meet(contracts=contracts, orders=orders, legs={"a": {"toy.count": 1}, "b": {}})
+    orders = {"self_train#a": {"awaits": ["self_train@1#b is known to have ended"]}}
+    legs = {"a": {"toy.count": 1}, "b": {}}
+    meet(contracts=contracts, orders=orders, legs=legs, listener=Herald(meet.events))
     assert meet.ears.ran == ["self_train@1#b", "self_train@1#a"]
     assert (meet.root / "latest" / "model").resolve().parent.name == "self_train@1#b"
 
